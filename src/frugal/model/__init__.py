@@ -1,0 +1,1 @@
+"""The transformer: imports torch and nothing of ours but this folder."""

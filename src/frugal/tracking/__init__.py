@@ -1,0 +1,1 @@
+"""After a run: read, compare, draw. Starts without torch."""

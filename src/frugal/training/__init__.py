@@ -1,0 +1,1 @@
+"""Lightning modules and what they need: losses, optimizers, checkpoints, strategies."""
