@@ -1,0 +1,107 @@
+"""The decoder: embedding, blocks, norm, head; and all weight initialisation in one function.
+
+Shape letters: B batch, T tokens, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from frugal.model.attention import Attention, KVCache, rotary_table
+from frugal.model.config import TransformerConfig
+from frugal.model.moe import Experts, MoE, Router, SwiGLU
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention, then a dense or a mixture feed-forward, each on a residual branch."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        is_moe = config.moe is not None and layer >= config.moe.first_k_dense
+        self.ffn: nn.Module = MoE(config) if is_moe else SwiGLU(config.d_model, config.d_ff)
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, cache)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """A causal language model: token ids [B, T] -> logits [B, T, V]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        cos, sin = rotary_table(config.head_dim, config.max_seq_len, config.attention.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        if self.embedding.weight.device.type != "meta":
+            init_weights(self)
+
+    def hidden(self, ids_BT: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """Final normalised hidden states [B, T, D]: what the head turns into logits."""
+        start = caches[0].length if caches else 0
+        positions = slice(start, start + ids_BT.shape[1])
+        rotary = (self.cos[positions], self.sin[positions])
+        x_BTD = self.embedding(ids_BT)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rotary, caches[i] if caches else None)
+        return self.norm(x_BTD)
+
+    def forward(self, ids_BT: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """Logits [B, T, V] of the next token at each position."""
+        return self.head(self.hidden(ids_BT, caches))
+
+    def new_caches(self, batch_size: int, max_len: int) -> list[KVCache]:
+        """One empty key/value cache per block, for at most `max_len` positions."""
+        weight = self.embedding.weight
+        config = self.config
+        return [
+            KVCache(batch_size, config.attention.kv_heads, max_len, config.head_dim, weight.device, weight.dtype)
+            for _ in self.blocks
+        ]
+
+    def moe_layers(self) -> dict[int, MoE]:
+        """The mixtures by the index of their block."""
+        return {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)}
+
+
+@torch.no_grad()
+def init_weights(model: Transformer) -> None:
+    """Draw every weight: normal(0, init_std), smaller where a branch joins the residual stream; norms are one.
+
+    The factor 1 / sqrt(2 n_layers) on those projections keeps the stream's variance independent of depth (GPT-2).
+    """
+    std = model.config.init_std
+    std_out = std / math.sqrt(2 * model.config.n_layers)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, Router):
+            nn.init.normal_(module.weight, std=std)
+            module.expert_bias.zero_()
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.w13, std=std)
+            nn.init.normal_(module.w2, std=std_out)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            nn.init.normal_(module.wo.weight, std=std_out)
+        elif isinstance(module, SwiGLU):
+            nn.init.normal_(module.w2.weight, std=std_out)
