@@ -1,0 +1,188 @@
+"""What a run costs: tokens, FLOPs, seconds, joules and dollars, counted across resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from frugal.model.config import count_parameters, flops_per_token
+from frugal.planning.hardware import choose_hardware, load_hardware
+from frugal.tracking.run_folder import RunFolder, keep_steps, read_lines
+
+
+def measure_matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.6) -> float:
+    """FLOP/s of the best square matrix product that this machine does now: the ceiling of MFU.
+
+    Best of several repeats, because a shared machine is slower than itself at times.
+    """
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    until = time.perf_counter() + seconds
+    repeats = 0
+    while repeats < 3 or time.perf_counter() < until:
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        repeats += 1
+    return 2 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class CostMeter(pl.Callback):
+    """Count what training spends; log it, and keep it in the checkpoint so that a resumed run adds up right.
+
+    Args:
+        hardware: row of the hardware table, or auto to match the device's name.
+        hardware_file: the table of watts and prices.
+        peak_tflops: ceiling for MFU per device; null measures a matrix product at the start of the run.
+    """
+
+    def __init__(
+        self,
+        hardware: str = "auto",
+        hardware_file: str = "configs/hardware.yaml",
+        peak_tflops: float | None = None,
+    ) -> None:
+        self.rows = load_hardware(hardware_file)
+        choose_hardware(self.rows, "", hardware)  # an unknown row is refused before any work is done
+        self.hardware, self.peak_flops = hardware, peak_tflops and peak_tflops * 1e12
+        self.tokens = 0
+        self.flops = 0.0
+        self.seconds = {"train": 0.0, "validation": 0.0, "other": 0.0}
+        self._mark = 0.0
+        self._window = (0, 0.0)
+        self._flops_per_token: dict[int, float] = {}
+
+    # --- the clock: every moment of the fit belongs to one of the phases
+
+    def _lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._mark
+        self._mark = now
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Measure the ceiling and start the clock."""
+        self.device = pl_module.device
+        if self.peak_flops is None:
+            dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision).split("-")[0])
+            self.peak_flops = measure_matmul_peak(self.device, dtype or torch.float32)
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.row = choose_hardware(self.rows, name, self.hardware)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.units = cores if self.row.per_core else trainer.world_size
+        self._mark = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Drop the metrics of steps that a resumed run is about to do again."""
+        if trainer.is_global_zero:
+            keep_steps(RunFolder(Path(trainer.default_root_dir)).metrics, trainer.global_step - 1)
+        self._lap("other")
+        self._window = (self.tokens, self.seconds["train"])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+        """Count the micro-batch; log the speed at the end of each window."""
+        shape = batch["input_ids"].shape
+        tokens = shape.numel() * trainer.world_size
+        if shape[1] not in self._flops_per_token:
+            self._flops_per_token[shape[1]] = flops_per_token(pl_module.config, shape[1]).training
+        self.tokens += tokens
+        self.flops += tokens * self._flops_per_token[shape[1]]
+        if pl_module.step_complete and trainer.global_step % trainer.log_every_n_steps == 0:
+            _synchronize(self.device)
+            self._lap("train")
+            tokens, seconds = self.tokens - self._window[0], self.seconds["train"] - self._window[1]
+            self._window = (self.tokens, self.seconds["train"])
+            speed = tokens / max(seconds, 1e-9)
+            pl_module.log("speed/tokens_per_second", speed, prog_bar=True)
+            pl_module.log_dict(
+                {
+                    "speed/mfu": self._mfu(speed * self._flops_per_token[shape[1]], trainer.world_size),
+                    "cost/tokens": float(self.tokens),
+                    "cost/flops": self.flops,
+                    "cost/seconds": sum(self.seconds.values()),
+                    "cost/joules": self.row.joules(sum(self.seconds.values()), self.units),
+                    "cost/dollars": self.row.dollars(sum(self.seconds.values()), self.units),
+                }
+            )
+
+    def _mfu(self, flops_per_second: float, devices: int) -> float:
+        assert self.peak_flops is not None
+        return flops_per_second / (self.peak_flops * devices)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Close the training phase."""
+        if trainer.state.fn == "fit":
+            _synchronize(self.device)
+            self._lap("other" if trainer.sanity_checking else "train")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Close the validation phase."""
+        if trainer.state.fn == "fit":
+            self._lap("validation")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Close the last phase."""
+        self._lap("train")
+
+    # --- across resumes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, for the checkpoint."""
+        now = time.perf_counter()
+        seconds = {**self.seconds, "train": self.seconds["train"] + now - self._mark}
+        return {"tokens": self.tokens, "flops": self.flops, "seconds": seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting where the checkpoint stood."""
+        self.tokens, self.flops = state_dict["tokens"], state_dict["flops"]
+        self.seconds = dict(state_dict["seconds"])
+
+    # --- after the run
+
+    def summary(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
+        """The run's receipt: what `summary.json` and the closing card show."""
+        counts = count_parameters(pl_module.config)
+        seconds = sum(self.seconds.values())
+        train_seconds = max(self.seconds["train"], 1e-9)
+        history = read_lines(RunFolder(Path(trainer.default_root_dir)).metrics)
+        validations = [row for row in history if "val/loss" in row]
+        best = min(validations, key=lambda row: row["val/loss"], default={})
+        assert self.peak_flops is not None
+        return {
+            "val_loss": best.get("val/loss"),
+            "val_bits_per_byte": best.get("val/bits_per_byte"),
+            "tokens_seen": self.tokens,
+            "flops": self.flops,
+            "seconds": seconds,
+            "seconds_by_phase": self.seconds,
+            "joules": self.row.joules(seconds, self.units),
+            "dollars": self.row.dollars(seconds, self.units),
+            "assumption": self.row.assumption(self.units),
+            "params_total": counts.total,
+            "params_active": counts.active,
+            "params_active_without_input_embedding": counts.active_without_input_embedding,
+            "tokens_per_second": self.tokens / train_seconds,
+            "mfu": self._mfu(self.flops / train_seconds, trainer.world_size),
+            "peak_tflops_measured": self.peak_flops / 1e12,
+            "global_step": trainer.global_step,
+        }
+
+
+def write_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
+    """Write `summary.json` in one move, so that a reader never sees half of it."""
+    temporary = folder.summary.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder.summary)

@@ -1,0 +1,50 @@
+"""What a run leaves behind: summary, pictures, closing card."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from frugal.callbacks.cost import CostMeter, write_summary
+from frugal.callbacks.routing import RoutingMonitor
+from frugal.callbacks.samples import TextSamples
+from frugal.tracking.card import print_card
+from frugal.tracking.plots import draw_run
+from frugal.tracking.run_folder import RunFolder
+from frugal.training.loggers import SafeWandbLogger
+
+
+class RunReport(pl.Callback):
+    """At the end of a fit: write `summary.json`, draw the plots, close W&B and print the card."""
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Gather what the other callbacks measured."""
+        folder = RunFolder(Path(trainer.default_root_dir))
+        callbacks = {type(callback): callback for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        summary = callbacks[CostMeter].summary(trainer, pl_module)
+        summary["router"] = callbacks[RoutingMonitor].last or None
+        summary["sample"] = callbacks[TextSamples].last
+        write_summary(folder, summary)
+        pictures = draw_run(folder)
+        paths = {"run folder": _shown(folder.path), "plots": ", ".join(_shown(path) for path in pictures.values())}
+        for logger in trainer.loggers:
+            if isinstance(logger, SafeWandbLogger):
+                logger.log_pictures(pictures)
+                url = logger.url
+                logger.finish(summary)
+                if url:
+                    paths["W&B"] = url
+                elif logger.files:
+                    paths["W&B"] = f"offline; send it with: wandb sync {_shown(logger.files)}"
+        paths["go on with"] = f"frugal generate {_shown(folder.checkpoints / 'best.ckpt')} --prompt '...'"
+        print_card(f"{folder.path.parent.name} {folder.id}", summary, paths)
+
+
+def _shown(path: Path) -> str:
+    """The path as a user would type it from here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

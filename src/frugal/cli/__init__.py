@@ -1,0 +1,1 @@
+"""The command lines: `train.py` (Lightning) and `frugal <verb>`."""

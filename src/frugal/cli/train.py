@@ -1,0 +1,160 @@
+"""`train.py`: LightningCLI with the run's folder, loggers and links between keys."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from frugal.callbacks.cost import CostMeter
+from frugal.callbacks.expert_bias import ExpertBias
+from frugal.callbacks.progress import Progress
+from frugal.callbacks.report import RunReport
+from frugal.callbacks.routing import RoutingMonitor
+from frugal.callbacks.samples import TextSamples
+from frugal.cli.errors import one_line_errors
+from frugal.data.datamodule import TextDataModule
+from frugal.errors import UserError
+from frugal.tracking.run_folder import RunConfig, RunFolder, folder_of, new_run, newest_run
+from frugal.training.checkpointing import LastCheckpoint, SafeCheckpointIO, best_checkpoint
+from frugal.training.language_model import LanguageModel
+from frugal.training.loggers import MetricsFile, SafeWandbLogger
+
+log = logging.getLogger(__name__)
+BASE_CONFIG = "configs/base.yaml"
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory instead of returning it after every step.
+
+    A training step allocates and frees the same large blocks again and again; handing each back to the kernel costs
+    tens of thousands of page faults a step on a CPU.
+    """
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
+        except OSError:
+            pass  # another C library
+
+
+class FrugalCLI(LightningCLI):
+    """Adds to LightningCLI: the run's folder, W&B and file loggers, named callbacks, one-line errors."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Name the callbacks that every run has, and link keys that must agree."""
+        parser.add_class_arguments(RunConfig, "run")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ExpertBias, "expert_bias")
+        parser.add_lightning_class_args(TextSamples, "samples")
+        parser.add_lightning_class_args(CostMeter, "cost")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.link_arguments("data.init_args.tokenizer.vocab_size", "model.init_args.transformer.vocab_size")
+        parser.link_arguments("data.init_args.seq_len", "model.init_args.transformer.max_seq_len")
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep config and command line: a checkpoint must not override them in silence (Lightning issue 21455)."""
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run's folder: a new one, or that of the run to go on with."""
+        config = self.config[self.subcommand]
+        run = RunConfig(**config.run.as_dict())
+        wanted = config.get("ckpt_path")
+        earlier = None
+        if wanted in ("last", "best"):
+            earlier = newest_run(run, f"{wanted}.ckpt")
+            if earlier is not None:
+                config.ckpt_path = str(earlier.checkpoints / f"{wanted}.ckpt")
+            elif self.subcommand == "fit":
+                log.info("ckpt_path: no earlier run named %s; starting a new one", run.name)
+                config.ckpt_path = None
+            else:
+                raise UserError(f"ckpt_path: no run named {run.name} under {run.root}/ has a {wanted}.ckpt")
+        elif wanted:
+            if not Path(wanted).is_file():
+                raise UserError(f"ckpt_path: no file {wanted}")
+            earlier = folder_of(Path(wanted))
+        elif self.subcommand != "fit":
+            raise UserError(f"ckpt_path: {self.subcommand} needs a checkpoint: --ckpt_path best, last or a file")
+        # Processes that Lightning starts for further devices must agree on the folder.
+        inherited = os.environ.get("FRUGAL_RUN_FOLDER") if "LOCAL_RANK" in os.environ else None
+        self.folder = RunFolder(Path(inherited)) if inherited else earlier or new_run(run)
+        os.environ["FRUGAL_RUN_FOLDER"] = str(self.folder.path)
+        self.run_config = run
+        config.trainer.default_root_dir = str(self.folder.path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Add the callbacks, loggers and checkpoint reader that every run has."""
+        trainer_config = self._get(self.config_init, "trainer")
+        fitting = self.subcommand == "fit"
+        loggers: list[Any] = []
+        if fitting and trainer_config.get("logger") is not False and not trainer_config.get("fast_dev_run"):
+            loggers.append(MetricsFile(self.folder))
+            if self.run_config.wandb != "disabled":
+                loggers.append(SafeWandbLogger(self.run_config, self.folder))
+        kwargs["logger"] = loggers or False
+        trainer_config["plugins"] = [*(trainer_config.get("plugins") or []), SafeCheckpointIO()]
+        extra = [RoutingMonitor(), Progress(), best_checkpoint(), RunReport()]
+        trainer_config["callbacks"] = [*(trainer_config.get("callbacks") or []), *(extra if fitting else [Progress()])]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
+            raise error if isinstance(error, UserError) else UserError(f"trainer: {error}") from None
+        for callback in trainer.checkpoint_callbacks:
+            callback.dirpath = str(self.folder.checkpoints)  # type: ignore[attr-defined]
+        return trainer
+
+    def before_fit(self) -> None:
+        """Write the resolved config into the run's folder and send it to W&B."""
+        self._dump_config()
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            return
+        path = self.folder.path / "config.yaml"
+        text = yaml.safe_dump({**self.config_dump, "ckpt_path": None}, sort_keys=False)
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            number = len(list(self.folder.path.glob("config*.yaml")))
+            path = self.folder.path / f"config.{number}.yaml"  # a resumed run with other settings keeps the first ones
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(self.config_dump)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Parse, instantiate and run one of fit, validate, test and predict."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("frugal").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    keep_freed_memory()
+    with one_line_errors():
+        if not Path(BASE_CONFIG).is_file():
+            raise UserError(f"no {BASE_CONFIG} here: run from the project's root folder")
+        options = {"exit_on_error": False}
+        FrugalCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={**options, **{s: {**options, "default_config_files": [BASE_CONFIG]} for s in SUBCOMMANDS}},
+            args=args,
+        )
+
+
+__all__ = ["FrugalCLI", "LanguageModel", "TextDataModule", "main"]  # the classes are known by name in YAML

@@ -1,0 +1,77 @@
+"""Rows of configs/hardware.yaml: what a device can do and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from frugal.errors import UserError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One row of the hardware table.
+
+    Args:
+        name: how the row is called.
+        match: parts of the device's own name that choose this row.
+        per_core: watts and dollars count per CPU core.
+        watts: power under training load.
+        dollars_per_hour: price of one device (or core) hour.
+        memory_gib: device memory.
+        bandwidth_gb_s: device memory bandwidth.
+        peak_tflops: dense matrix products by precision.
+        source: where the figures come from.
+        date: when they were looked up.
+    """
+
+    name: str
+    watts: float
+    dollars_per_hour: float
+    source: str
+    date: str
+    match: list[str] = field(default_factory=list)
+    per_core: bool = False
+    memory_gib: float | None = None
+    bandwidth_gb_s: float | None = None
+    peak_tflops: dict[str, float] = field(default_factory=dict)
+
+    def joules(self, seconds: float, units: int) -> float:
+        """Estimated energy of `units` devices (or cores) over `seconds`."""
+        return self.watts * units * seconds
+
+    def dollars(self, seconds: float, units: int) -> float:
+        """Price of `units` devices (or cores) over `seconds`."""
+        return self.dollars_per_hour * units * seconds / 3600
+
+    def assumption(self, units: int) -> str:
+        """The figures in words, for whoever reads the estimate."""
+        unit = "core" if self.per_core else "device"
+        return f"{self.name}: {self.watts:g} W and ${self.dollars_per_hour:g}/h per {unit}, {units} {unit}(s)"
+
+
+def load_hardware(path: str) -> list[Hardware]:
+    """Read the table; a missing file or a bad row is a UserError that names it."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"cost.hardware_file: no file {path}")
+    rows = []
+    for i, row in enumerate(yaml.safe_load(file.read_text(encoding="utf-8"))["rows"]):
+        try:
+            rows.append(Hardware(**{**row, "date": str(row.get("date", ""))}))
+        except TypeError as error:
+            raise UserError(f"{path}: row {i + 1} ({row.get('name', '?')}): {error}") from None
+    return rows
+
+
+def choose_hardware(rows: list[Hardware], device_name: str, wanted: str = "auto") -> Hardware:
+    """The row called `wanted`, or for `auto` the one that matches the device's name (the `cpu` row if none does)."""
+    if wanted != "auto":
+        named = [row for row in rows if row.name == wanted]
+        if not named:
+            raise UserError(f"cost.hardware: no row {wanted!r}; there are {', '.join(row.name for row in rows)}")
+        return named[0]
+    matching = [row for row in rows if any(part.lower() in device_name.lower() for part in row.match)]
+    return (matching or [row for row in rows if row.name == "cpu"])[0]

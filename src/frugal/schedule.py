@@ -1,0 +1,44 @@
+"""What changes with time, as pure functions of the step: they can be plotted before a run and resume exactly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from frugal.errors import UserError
+
+
+@dataclass(frozen=True)
+class WarmupStableDecay:
+    """Learning-rate factor: linear warmup, a plateau, a decay at the end (WSD, Hu et al. 2024, arXiv 2404.06395).
+
+    Args:
+        warmup_steps: steps until the full rate is reached.
+        decay_fraction: last share of all steps over which the rate falls; 1.0 gives a decay right after the warmup.
+        shape: how it falls: linear, cosine, or 1-sqrt (Hägele et al. 2024, arXiv 2405.18392).
+        final: factor at the last step.
+    """
+
+    warmup_steps: int = 0
+    decay_fraction: float = 0.2
+    shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise UserError(f"model.schedule.warmup_steps: must not be negative, got {self.warmup_steps}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise UserError(f"model.schedule.decay_fraction: must lie in [0, 1], got {self.decay_fraction}")
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Factor on the peak learning rate for the optimizer step number `step` (from 0) of `total_steps`."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        decay_steps = min(round(self.decay_fraction * total_steps), total_steps - self.warmup_steps)
+        remaining = total_steps - step
+        if decay_steps <= 0 or remaining > decay_steps:
+            return 1.0
+        done = 1 - max(remaining, 0) / decay_steps
+        fall = {"linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2, "1-sqrt": math.sqrt(done)}[self.shape]
+        return 1 - (1 - self.final) * fall

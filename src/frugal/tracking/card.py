@@ -1,0 +1,85 @@
+"""The closing card: what a run reached and what it cost, on one screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def short(value: float, unit: str = "") -> str:
+    """Four significant digits with a decimal prefix: 3868928 -> '3.869M'."""
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.4g}{' ' if unit else ''}{prefix}{unit}"
+    return f"{value:.4g}{' ' + unit if unit else ''}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as '5 min 12 s' or '2 h 03 min'."""
+    total = round(seconds)
+    if total >= 3600:
+        return f"{total // 3600} h {total % 3600 // 60:02d} min"
+    return f"{total // 60} min {total % 60:02d} s" if total >= 60 else f"{seconds:.1f} s"
+
+
+def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str, str]]:
+    """The card's lines as (label, text), from `summary.json` and the paths to show."""
+    rows = [
+        (
+            "parameters",
+            f"{short(summary['params_total'])} total, {short(summary['params_active'])} active per token "
+            f"({short(summary['params_active_without_input_embedding'])} without the input embedding)",
+        ),
+        ("trained on", f"{short(summary['tokens_seen'])} tokens in {summary['global_step']:,} steps"),
+        (
+            "spent",
+            f"{short(summary['flops'], 'FLOPs')} · {duration(summary['seconds'])}"
+            f" ({', '.join(f'{phase} {duration(s)}' for phase, s in summary['seconds_by_phase'].items())})",
+        ),
+        (
+            "speed",
+            f"{summary['tokens_per_second']:,.0f} tokens/s · MFU {summary['mfu']:.0%} of the "
+            f"{summary['peak_tflops_measured'] * 1000:,.0f} GFLOP/s measured here",
+        ),
+        (
+            "estimate",
+            f"{short(summary['joules'], 'J')} ({summary['joules'] / 3.6e6:.4f} kWh) · ${summary['dollars']:.4f}"
+            f"  [{summary['assumption']}]",
+        ),
+    ]
+    if summary.get("val_loss") is not None:
+        rows.append(
+            (
+                "best validation",
+                f"{summary['val_bits_per_byte']:.4f} bits per byte · {summary['val_loss']:.4f} nats per token",
+            )
+        )
+    if summary.get("router"):
+        router = summary["router"]
+        rows.append(
+            (
+                "experts",
+                f"max violation {router['max_violation']:.2f} · emptiest {router['min_load']:.2f} of the mean load · "
+                f"{router['dead_experts']:.0f} dead",
+            )
+        )
+    if summary.get("sample"):
+        rows.append(("sample", summary["sample"]))
+    return rows + list(paths.items())
+
+
+def print_card(title: str, summary: dict[str, Any], paths: dict[str, str]) -> None:
+    """Print the card to the terminal."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in card_rows(summary, paths):
+        table.add_row(label, Text(text))
+    console = Console()
+    # Paths must stay whole for copying, so a narrow pipe gets a wide card.
+    width = None if console.is_terminal else 120
+    Console(width=width).print(Panel(table, title=title, border_style="green"))

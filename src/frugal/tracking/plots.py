@@ -1,0 +1,96 @@
+"""Pictures of one run, drawn from the files in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugal.tracking.run_folder import RunFolder, read_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe & Ito (2008): distinguishable with every common colour blindness.
+BLUE, ORANGE = "#0072B2", "#D55E00"
+
+
+def _figure(**kwargs: Any) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", dpi=120, **kwargs)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def loss_figure(rows: list[dict[str, Any]], title: str) -> Figure:
+    """Training and validation loss and the learning rate over the steps."""
+    figure = _figure(figsize=(8, 5))
+    axis, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    train = [(row["step"] + 1, row["train/loss"]) for row in rows if "train/loss" in row]
+    val = [(row["step"] + 1, row["val/loss"], row["val/bits_per_byte"]) for row in rows if "val/loss" in row]
+    if train:
+        axis.plot(*zip(*train, strict=True), color=BLUE, linewidth=1.2, label="training")
+    if val:
+        steps, loss, bits = zip(*val, strict=True)
+        axis.plot(steps, loss, "o-", color=ORANGE, markersize=4, label="validation")
+        best = min(range(len(loss)), key=loss.__getitem__)
+        axis.annotate(
+            f"{loss[best]:.3f} nats/token\n{bits[best]:.3f} bits/byte",
+            (steps[best], loss[best]),
+            xytext=(-8, 14),
+            textcoords="offset points",
+            ha="right",
+            color=ORANGE,
+        )
+    axis.set(ylabel="loss (nats per token)", title=title)
+    axis.grid(alpha=0.3)
+    if train or val:
+        axis.legend()
+    lr = [(row["step"] + 1, row["optim/lr"]) for row in rows if "optim/lr" in row]
+    if lr:
+        rate.plot(*zip(*lr, strict=True), color="black", linewidth=1)
+    rate.set(xlabel="optimizer step", ylabel="learning rate", ylim=(0, None))
+    rate.grid(alpha=0.3)
+    return figure
+
+
+def expert_load_figure(rows: list[dict[str, Any]], title: str) -> Figure:
+    """For each MoE layer, every expert's share of the tokens over the steps, as a multiple of the even share."""
+    layers = list(rows[-1]["layers"])
+    figure = _figure(figsize=(8, 1.2 + 1.7 * len(layers)))
+    axes = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
+    first, last = rows[0]["step"] + 1, rows[-1]["step"] + 1
+    image = None
+    for axis, layer in zip(axes, layers, strict=True):
+        n_experts = len(rows[-1]["layers"][layer])
+        ratio = [[share * n_experts for share in row["layers"][layer]] for row in rows]
+        columns = list(zip(*ratio, strict=True))
+        image = axis.imshow(
+            columns,
+            aspect="auto",
+            cmap="cividis",
+            vmin=0,
+            vmax=2,
+            interpolation="nearest",
+            extent=(first, max(last, first + 1), n_experts - 0.5, -0.5),
+        )
+        axis.set(ylabel=f"layer {layer}\nexpert")
+    axes[-1].set(xlabel="optimizer step")
+    figure.colorbar(image, ax=list(axes), label="load / even load", shrink=0.8)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_run(folder: RunFolder) -> dict[str, Path]:
+    """Draw what the run's files allow into `plots/`; returns the pictures by name."""
+    folder.plots.mkdir(parents=True, exist_ok=True)
+    title = f"{folder.path.parent.name}/{folder.id}"
+    pictures = {}
+    if rows := read_lines(folder.metrics):
+        pictures["loss"] = folder.plots / "loss.png"
+        loss_figure(rows, f"Loss of {title}").savefig(pictures["loss"])
+    if loads := read_lines(folder.expert_load):
+        pictures["expert_load"] = folder.plots / "expert_load.png"
+        expert_load_figure(loads, f"Expert load of {title}").savefig(pictures["expert_load"])
+    return pictures

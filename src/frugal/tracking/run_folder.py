@@ -1,0 +1,113 @@
+"""A run's folder, `runs/<name>/<id>/`: everything that belongs to the run lies in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from frugal.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run is called and where its results go.
+
+    Args:
+        name: the experiment's name; runs of one name lie in one folder and resume from one another.
+        root: folder that holds all runs.
+        project: W&B project.
+        group: W&B group, for instance a study.
+        tags: W&B tags.
+        wandb: auto (online with an API key and a network, offline otherwise), online, offline or disabled.
+    """
+
+    name: str = "base"
+    root: str = "runs"
+    project: str = "frugal"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise UserError(f"run.name: use letters, digits, '.', '_' and '-' only, got {self.name!r}")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one run's folder."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """The run's id, in the file system and in W&B alike; ids sort by time."""
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `last.ckpt` and `best.ckpt`."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per line: step, time and the metrics logged there."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def expert_load(self) -> Path:
+        """One JSON object per line: step, and per layer the share of tokens of each expert."""
+        return self.path / "expert_load.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """What the closing card shows, as JSON."""
+        return self.path / "summary.json"
+
+    @property
+    def plots(self) -> Path:
+        """Folder of the run's pictures."""
+        return self.path / "plots"
+
+
+def new_run(config: RunConfig) -> RunFolder:
+    """Name a fresh folder (not made yet)."""
+    run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    return RunFolder(Path(config.root) / config.name / run_id)
+
+
+def newest_run(config: RunConfig, checkpoint: str) -> RunFolder | None:
+    """The newest run of this name that holds `checkpoints/<checkpoint>`, or None."""
+    found = sorted((Path(config.root) / config.name).glob(f"*/checkpoints/{checkpoint}"))
+    return RunFolder(found[-1].parent.parent) if found else None
+
+
+def folder_of(checkpoint: Path) -> RunFolder | None:
+    """The run that a checkpoint lies in, or None for a checkpoint from elsewhere."""
+    folder = checkpoint.resolve().parent.parent
+    return RunFolder(folder) if (folder / "config.yaml").is_file() else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def keep_steps(path: Path, last_step: int) -> None:
+    """Drop lines of a JSON-lines file beyond `last_step`: steps that a resumed run is about to do again."""
+    if path.is_file():
+        rows = [row for row in read_lines(path) if row["step"] <= last_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(path)

@@ -1,0 +1,80 @@
+"""Writing and reading checkpoints: `last.ckpt` to go on from, `best.ckpt` to use."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from frugal.errors import UserError
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a checkpoint of tensors and plain types; anything else is refused, never executed.
+
+    Raises:
+        UserError: the file is missing, truncated, no checkpoint, or holds more than tensors and plain types.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"ckpt_path: no file {path}")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"ckpt_path: {path} holds more than tensors and plain values; not loaded ({reason})") from None
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"ckpt_path: {path} is damaged or no checkpoint ({reason}); use an earlier one from the same folder"
+        ) from None
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint reader with one-line errors, restricted to tensors and plain types."""
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load on behalf of the Trainer."""
+        return read_checkpoint(path, map_location)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep `last.ckpt`, the state to go on from: every n steps, after each validation and at the end.
+
+    Args:
+        every_n_steps: optimizer steps between two checkpoints; what a crash can cost at most.
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        if every_n_steps <= 0:
+            raise UserError(f"checkpoint.every_n_steps: must be positive, got {every_n_steps}")
+        super().__init__(
+            filename="last",
+            save_top_k=1,
+            every_n_train_steps=every_n_steps,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what the validation logged, too."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the final state, unless it lies on the disk already."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def best_checkpoint() -> ModelCheckpoint:
+    """Keep `best.ckpt`, the state of the lowest validation loss."""
+    return ModelCheckpoint(
+        monitor="val/loss", filename="best", save_top_k=1, save_on_train_epoch_end=False, enable_version_counter=False
+    )

@@ -1,0 +1,194 @@
+"""The LightningModule around the transformer: losses, optimizer, and what is written into a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from frugal.errors import UserError
+from frugal.model.config import TransformerConfig
+from frugal.model.transformer import Transformer
+from frugal.schedule import WarmupStableDecay
+from frugal.training.losses import IGNORE, next_token_nll
+from frugal.training.metrics import TextLoss
+from frugal.training.optim import AdamWConfig, build_optimizer
+
+Batch = dict[str, Tensor]
+
+
+class LanguageModel(pl.LightningModule):
+    """Next-token prediction with a Mixture-of-Experts transformer.
+
+    The gradient of an optimizer step is that of the mean loss over all valid tokens of the step: all micro-batches
+    and all ranks. Each micro-batch's loss is its sum over a constant (its number of positions), and once per step
+    the gradients are rescaled if some positions were masked; so `accumulate_grad_batches` 1x8 and 4x2 agree.
+
+    Args:
+        transformer: the model's shape.
+        optimizer: AdamW's settings.
+        schedule: the learning rate over the steps of the run (trainer.max_steps).
+        compile: compile each block with torch.compile (needs a C++ compiler on CPU).
+    """
+
+    def __init__(
+        self,
+        transformer: TransformerConfig,
+        optimizer: AdamWConfig,
+        schedule: WarmupStableDecay,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.optimizer_config, self.schedule = transformer, optimizer, schedule
+        self.compile_blocks = compile
+        self.model: Transformer | None = None
+        self.validation_loss: TextLoss | None = None
+        self._step_nats: Tensor | None = None
+        self._step_valid: Tensor | None = None
+        self._step_positions = 0
+        self._micro_positions = 0
+
+    def configure_model(self) -> None:
+        """Build the transformer (Lightning calls this on the right device and precision)."""
+        if self.model is None:
+            self.model = Transformer(self.config)
+            if self.compile_blocks:
+                for block in self.model.blocks:
+                    block.compile()
+
+    def setup(self, stage: str) -> None:
+        """Make the validation metric, which needs the tokenizer's bytes per token."""
+        token_bytes = torch.zeros(self.config.vocab_size, dtype=torch.int64)
+        known = self.trainer.datamodule.token_bytes  # type: ignore[attr-defined]
+        token_bytes[: len(known)] = known
+        self.validation_loss = TextLoss(token_bytes)
+
+    @property
+    def step_complete(self) -> bool:
+        """Whether the micro-batch that just ended completed an optimizer step."""
+        return self._step_nats is None
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Token ids [B, T] -> logits [B, T, V]."""
+        assert self.model is not None
+        return self.model(input_ids)
+
+    # --- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch of `input_ids` and `labels`, both [B, T]; labels of -100 do not count."""
+        labels = batch["labels"]
+        nats = next_token_nll(self(batch["input_ids"]), labels).sum()
+        if self._step_nats is None or self._step_valid is None:
+            self._micro_positions = labels.numel()
+            self._step_nats, self._step_valid = torch.zeros_like(nats.detach()), torch.zeros_like(nats.detach())
+        self._step_nats += nats.detach()
+        self._step_valid += (labels != IGNORE).sum()
+        self._step_positions += self._micro_positions
+        return nats / self._micro_positions
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Rescale the gradients from positions to valid tokens, over all micro-batches and ranks."""
+        assert self._step_nats is not None and self._step_valid is not None and self.model is not None
+        loads = [moe.load for moe in self.model.moe_layers().values()]
+        totals = torch.cat([torch.stack((self._step_nats, self._step_valid)), *loads])
+        if self.trainer.world_size > 1:
+            totals = self.all_reduce_sum(totals)
+        nats, valid = totals[0], totals[1]
+        if loads:
+            for moe, load in zip(
+                self.model.moe_layers().values(), totals[2:].split([len(x) for x in loads]), strict=True
+            ):
+                moe.load.copy_(load)
+        scale = self._step_positions * self.trainer.world_size / valid.clamp_min(1)
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, scale)
+        self.log("train/loss", nats / valid, prog_bar=True)
+        self._step_nats, self._step_valid, self._step_positions = None, None, 0
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks."""
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")  # type: ignore[return-value]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm (trainer.gradient_clip_val) and log the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
+        self.log("optim/grad_norm", norm)
+        self.log("optim/lr", optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Clear the experts' loads once an optimizer step has used them (callbacks see them before this)."""
+        if self.step_complete and self.model is not None:
+            for moe in self.model.moe_layers().values():
+                moe.load.zero_()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with the schedule as a function of the step."""
+        assert self.model is not None
+        total_steps = self.trainer.max_steps
+        if total_steps <= 0:
+            raise UserError("trainer.max_steps: must be positive; schedules are functions of the step")
+        optimizer = build_optimizer(self.model, self.optimizer_config)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch to the validation loss."""
+        assert self.validation_loss is not None
+        self.validation_loss.update(next_token_nll(self(batch["input_ids"]), batch["labels"]), batch["labels"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the exact mean over the validation split."""
+        self._log_evaluation("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch to the test loss."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the exact mean over the test split."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
+        assert self.validation_loss is not None
+        self.log_dict({f"{split}/{name}": value for name, value in self.validation_loss.compute().items()})
+        self.validation_loss.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Loss in nats per token of each sequence [B], and how many tokens it counts [B]."""
+        nll = next_token_nll(self(batch["input_ids"]), batch["labels"])
+        tokens = (batch["labels"] != IGNORE).sum(dim=1)
+        return {"loss": nll.sum(dim=1) / tokens.clamp_min(1), "tokens": tokens}
+
+    # --- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the shape as plain types, so that `weights_only=True` loads it and the model can be rebuilt."""
+        checkpoint["transformer"] = asdict(self.config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another shape, naming the keys that differ."""
+        theirs, ours = checkpoint.get("transformer"), asdict(self.config)
+        if theirs is None:
+            raise UserError("ckpt_path: the file is no frugal language-model checkpoint (it has no `transformer` entry)")
+        differences = _differences(theirs, ours, "model.transformer")
+        if differences:
+            raise UserError("ckpt_path: the checkpoint has another shape: " + "; ".join(differences))
+
+
+def _differences(theirs: Any, ours: Any, key: str) -> list[str]:
+    """Every leaf in which two nested dicts differ, as `key: theirs in the checkpoint, ours in the config`."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        names = sorted({*theirs, *ours})
+        return [d for name in names for d in _differences(theirs.get(name), ours.get(name), f"{key}.{name}")]
+    return [] if theirs == ours else [f"{key} is {theirs} in the checkpoint, {ours} in the config"]

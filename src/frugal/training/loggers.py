@@ -1,0 +1,155 @@
+"""Where metrics go: a JSON-lines file in the run's folder, and Weights & Biases, which may never stop a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from frugal.tracking.run_folder import RunConfig, RunFolder
+
+log = logging.getLogger(__name__)
+
+
+class MetricsFile(Logger):
+    """Append metrics to `metrics.jsonl`, one JSON object per call."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def name(self) -> str:
+        """Lightning's name for the logger's subfolder; there is none."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """The run's id."""
+        return self.folder.id
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: config.yaml holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Write one line."""
+        row = {"step": step, "time": round(time.time(), 3)}
+        row |= {key: float(value) for key, value in metrics.items() if key != "epoch"}
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        with self.folder.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def wandb_mode(config: RunConfig) -> str:
+    """`online` or `offline`: what the config says; for `auto`, WANDB_MODE or whether an API key is known."""
+    if config.wandb in ("online", "offline"):
+        return config.wandb
+    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return os.environ["WANDB_MODE"]
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return "online" if netrc.is_file() and "wandb" in netrc.read_text(errors="ignore") else "offline"
+
+
+class SafeWandbLogger(WandbLogger):
+    """A WandbLogger that goes offline when the server cannot be reached and never raises while training.
+
+    W&B's files lie in the run's folder; a resumed run continues under the same id.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        import wandb
+
+        self._broken = False
+        super().__init__(
+            name=f"{config.name}/{folder.id}",
+            save_dir=str(folder.path),
+            id=folder.id,
+            project=config.project,
+            group=config.group,
+            tags=list(config.tags),
+            resume="allow",
+            mode=wandb_mode(config),
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=20, finish_timeout=20, disable_git=False, x_disable_stats=True
+            ),
+        )
+        folder.path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The wandb run, made on first use; offline if the server does not answer."""
+        make: Callable[[SafeWandbLogger], Any] = WandbLogger.experiment.fget  # type: ignore[attr-defined]
+        try:
+            return make(self)
+        except Exception as error:
+            if self._wandb_init.get("mode") != "online":
+                raise
+            log.warning("W&B cannot be reached (%s): logging offline; `wandb sync` sends the run later", error)
+            self._wandb_init["mode"] = "offline"
+            return make(self)
+
+    def _never_raise(self, action: Callable[[], Any]) -> None:
+        if self._broken:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._broken = True
+            log.warning("W&B logging stopped (%s); metrics.jsonl goes on", error)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log to W&B, or stop trying after the first failure."""
+        self._never_raise(lambda: super(SafeWandbLogger, self).log_metrics(metrics, step))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Send the resolved config."""
+        self._never_raise(lambda: super(SafeWandbLogger, self).log_hyperparams(params))
+
+    @rank_zero_only
+    def log_rows(self, key: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Log a table."""
+        self._never_raise(lambda: self.log_table(key, columns=columns, data=rows))
+
+    @rank_zero_only
+    def log_pictures(self, pictures: dict[str, Path]) -> None:
+        """Log image files."""
+        import wandb
+
+        self._never_raise(lambda: self.experiment.log({key: wandb.Image(str(path)) for key, path in pictures.items()}))
+
+    @rank_zero_only
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary and close the run; waits at most 20 s for the server."""
+
+        def close() -> None:
+            self.experiment.summary.update(summary)
+            self.experiment.finish()
+
+        self._never_raise(close)
+
+    @property
+    def files(self) -> Path | None:
+        """Folder of the W&B run's files, once it has begun."""
+        return Path(self._experiment.dir).parent if self._experiment is not None else None
+
+    @property
+    def url(self) -> str | None:
+        """Address of the run, when it is online."""
+        online = self._experiment is not None and self._wandb_init.get("mode") == "online" and not self._broken
+        return self._experiment.url if online else None
