@@ -1,0 +1,71 @@
+"""A trained model and its tokenizer from one checkpoint file."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from frugal.data.tokenization import EOT, load_tokenizer
+from frugal.errors import UserError
+from frugal.model.config import TransformerConfig
+from frugal.model.generation import generate
+from frugal.model.transformer import Transformer
+from frugal.training.checkpointing import read_checkpoint
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transformer, Tokenizer]:
+    """Rebuild the transformer and the tokenizer that a checkpoint holds.
+
+    Args:
+        checkpoint: a .ckpt file, or a run's folder, whose best.ckpt is taken.
+        device: where the model shall live.
+
+    Raises:
+        UserError: no such file, a damaged one, or one without a language model.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = path / "checkpoints" / "best.ckpt"
+    content = read_checkpoint(path)
+    data = content.get("TextDataModule") or {}
+    if "transformer" not in content or "tokenizer" not in data:
+        raise UserError(f"{path}: holds no language model with its tokenizer (was it written by train.py fit?)")
+    model = Transformer(TransformerConfig.from_dict(content["transformer"]))
+    prefix = "model."
+    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    model.load_state_dict(weights)
+    return model.to(device).eval(), load_tokenizer(data["tokenizer"])
+
+
+def sample_texts(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int | None = None,
+    num_samples: int = 1,
+) -> list[str]:
+    """Continuations of `prompt`, prompt included; an empty prompt starts a new document."""
+    if temperature < 0:
+        raise UserError(f"temperature: must not be negative, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p: must lie in (0, 1], got {top_p}")
+    if num_samples < 1 or max_new_tokens < 1:
+        raise UserError("num_samples and max_new_tokens: must be at least 1")
+    end = tokenizer.token_to_id(EOT)
+    ids = tokenizer.encode(prompt).ids or [end]
+    if len(ids) >= model.config.max_seq_len:
+        raise UserError(f"prompt: {len(ids)} tokens leave no room; the model reads {model.config.max_seq_len}")
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(secrets.randbits(31) if seed is None else seed)
+    prompts = torch.tensor([ids] * num_samples, device=device)
+    out = generate(model, prompts, max_new_tokens, temperature, top_p, stop_token=end, generator=generator)
+    return [tokenizer.decode(row.tolist()) for row in out]

@@ -1,0 +1,55 @@
+"""Holds the house's one rule: data flows down, imports point one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "frugal"
+# Which rooms each room may import from; `errors` and `schedule` are leaves that anyone may use.
+ALLOWED = {
+    "errors": set(),
+    "schedule": {"errors"},
+    "model": {"errors"},
+    "data": {"errors", "schedule"},
+    "tracking": {"errors"},
+    "planning": {"errors", "model.config"},
+    "training": {"errors", "schedule", "model", "data", "tracking"},
+    "callbacks": {"errors", "schedule", "model", "training", "planning", "tracking"},
+    "cli": {"errors", "schedule", "model", "data", "tracking", "planning", "training", "callbacks"},
+}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.removeprefix("frugal.") for name in names if name.startswith("frugal.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    allowed = ALLOWED[room] | {room}
+    bad = {name for name in imports_of(path) if not any(name == a or name.startswith(a + ".") for a in allowed)}
+    assert not bad, f"{path.relative_to(SOURCE)} may not import {sorted(bad)}"
+
+
+def test_the_rule_can_fail(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("from frugal.training.optim import AdamWConfig\n")
+    assert imports_of(bad) == {"training.optim"}
+
+
+@pytest.mark.parametrize("module", ["frugal.tracking.plots", "frugal.planning.hardware", "frugal.cli.verbs"])
+def test_starts_without_torch(module: str) -> None:
+    code = f"import {module}, sys; assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,39 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from frugal.errors import UserError
+from frugal.schedule import WarmupStableDecay
+
+
+def test_values_by_hand() -> None:
+    schedule = WarmupStableDecay(warmup_steps=4, decay_fraction=0.5)
+    factors = [schedule.factor(step, 20) for step in range(20)]
+    assert factors[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert factors[4:11] == [1.0] * 7
+    assert factors[11:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    assert schedule.factor(20, 20) == 0
+
+
+@given(
+    warmup=st.integers(0, 50),
+    fraction=st.floats(0, 1),
+    shape=st.sampled_from(["linear", "cosine", "1-sqrt"]),
+    final=st.floats(0, 0.5),
+    total=st.integers(1, 200),
+)
+def test_rises_once_falls_once_and_stays_in_range(
+    warmup: int, fraction: float, shape: str, final: float, total: int
+) -> None:
+    schedule = WarmupStableDecay(warmup, fraction, shape, final)  # type: ignore[arg-type]
+    factors = [schedule.factor(step, total) for step in range(total + 1)]
+    assert all(0 <= factor <= 1 for factor in factors)
+    rises = [b > a + 1e-12 for a, b in zip(factors, factors[1:], strict=False)]
+    falls = [b < a - 1e-12 for a, b in zip(factors, factors[1:], strict=False)]
+    assert True not in rises[falls.index(True) :] if True in falls else True
+
+
+@pytest.mark.parametrize(("kwargs", "key"), [({"warmup_steps": -1}, "warmup_steps"), ({"decay_fraction": 2}, "decay")])
+def test_impossible_values_name_their_key(kwargs: dict, key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        WarmupStableDecay(**kwargs)
