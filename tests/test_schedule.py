@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,8 +30,8 @@ def test_rises_once_falls_once_and_stays_in_range(
     schedule = WarmupStableDecay(warmup, fraction, shape, final)  # type: ignore[arg-type]
     factors = [schedule.factor(step, total) for step in range(total + 1)]
     assert all(0 <= factor <= 1 for factor in factors)
-    rises = [b > a + 1e-12 for a, b in zip(factors, factors[1:], strict=False)]
-    falls = [b < a - 1e-12 for a, b in zip(factors, factors[1:], strict=False)]
+    rises = [b > a + 1e-12 for a, b in itertools.pairwise(factors)]
+    falls = [b < a - 1e-12 for a, b in itertools.pairwise(factors)]
     assert True not in rises[falls.index(True) :] if True in falls else True
 
 

@@ -45,7 +45,7 @@ class Progress(RichProgressBar):
         super().on_validation_end(trainer, pl_module)
         if trainer.sanity_checking or trainer.state.fn != "fit" or sys.stdout.isatty():
             return
-        values = {**trainer.callback_metrics, **trainer.progress_bar_metrics}
+        values: dict[str, Any] = {**trainer.callback_metrics, **trainer.progress_bar_metrics}
         parts = [f"step {trainer.global_step}/{trainer.max_steps}"]
         for key, label, form in (
             ("train/loss", "train loss", ".3f"),

@@ -33,15 +33,24 @@ def load_metrics(load_LE: Tensor) -> dict[str, float]:
 
 
 class RoutingMonitor(pl.Callback):
-    """Log the balance over windows of `trainer.log_every_n_steps` steps; shares per expert go to `expert_load.jsonl`."""
+    """Log the balance over windows of `trainer.log_every_n_steps` steps; shares go to `expert_load.jsonl`."""
 
     def __init__(self) -> None:
         self._window_LE: Tensor | None = None
         self.last: dict[str, float] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The unfinished window, so that a resumed run logs what an uninterrupted one would."""
+        return {"window": self._window_LE, "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the window."""
+        self._window_LE, self.last = state_dict["window"], state_dict["last"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Drop the lines of steps that a resumed run is about to do again."""
-        self._window_LE = None
+        if self._window_LE is not None:
+            self._window_LE = self._window_LE.to(pl_module.device)
         if trainer.is_global_zero:
             keep_steps(RunFolder(Path(trainer.default_root_dir)).expert_load, trainer.global_step - 1)
 

@@ -54,9 +54,7 @@ class TextSamples(pl.Callback):
         for prompt in self.prompts:
             ids = torch.tensor([tokenizer.encode(prompt).ids], device=pl_module.device)
             generator = torch.Generator(device=pl_module.device).manual_seed(self.seed)
-            out = generate(
-                pl_module.model, ids, self.max_new_tokens, self.temperature, self.top_p, generator=generator
-            )
+            out = generate(pl_module.model, ids, self.max_new_tokens, self.temperature, self.top_p, generator=generator)
             self.rows.append([trainer.global_step, prompt, tokenizer.decode(out[0].tolist())])
         for logger in trainer.loggers:
             if isinstance(logger, SafeWandbLogger):

@@ -6,48 +6,51 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from frugal.errors import UserError
 
+# How jsonargparse says that a key does not exist; group 1 is the key (or group and key).
+UNKNOWN_KEY = (
+    r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'",
+    r"does not accept option '(?P<key>[^']+)'",
+    r"Option '(?P<key>[^']+)' is not accepted",
+    r"Key '(?P<key>[^']+)' is not expected",
+    r"[Uu]nrecognized arguments?:? *(?P<key>[^\s=]+)",
+)
+# Lines of a nested report that say nothing about the value itself.
+FRAME = (
+    r'[Pp]arser key "|Does not validate|Subtypes:|Errors:|Given value|Problem with given|'
+    r"Expected a <class 'NoneType'>"
+)
 
-def one_line(message: str) -> str:
-    """Reduce jsonargparse's nested report to `key: what is wrong`."""
-    keys = [key for key in re.findall(r'[Pp]arser key "([^"]+)"', message)]
-    refused = (
-        re.search(r"Option '([^']+)' is not accepted", message)
-        or re.search(r"Key '([^']+)' is not expected", message)
-        or re.search(r"Unrecognized arguments?:? ?(.+)", message, re.IGNORECASE)
-    )
-    if group := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
-        return ".".join([*keys, group[1], group[2]]) + ": there is no such key"
-    if refused:
-        return ".".join([*keys, refused[1].strip().lstrip("-")]) + ": there is no such key"
-    # The deepest report is the one of the option that was meant; alternatives such as None follow it.
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    told = [
-        line
-        for line in lines
-        if not re.match(r'[Pp]arser key "|Does not validate|Subtypes:|Errors:|Given value|Problem with given', line)
-        and line != "Expected a <class 'NoneType'>"
-    ]
-    text = re.sub(r"<class '([^']+)'>", r"\1", "; ".join(told) or "; ".join(lines))
+
+def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
+    """Reduce jsonargparse's nested report to `key: what is wrong`, with a suggestion for a misspelt key."""
+    message = message.replace('Parser key "config": ', "")
+    keys = [key for key in re.findall(r'[Pp]arser key "([^"]+)"', message) if key != "config"]
+    for pattern in UNKNOWN_KEY:
+        if found := re.search(pattern, message):
+            parts = [*keys, found.groupdict().get("group"), found["key"].lstrip("-")]
+            name = ".".join(part for part in parts if part)
+            close = difflib.get_close_matches(name, list(known_keys), n=1)
+            return f"{name}: there is no such key" + (f"; did you mean {close[0]}?" if close else "")
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
+    # Our own checks name their key in full: their line needs nothing around it.
+    if own := [line for line in lines if re.match(r"[a-z_]+(\.[a-z_0-9]+)+: ", line)]:
+        return own[0]
+    told = [line for line in lines if not re.match(FRAME, line)] or lines
+    text = re.sub(r"<class '([^']+)'>", r"\1", "; ".join(told))
     return f"{'.'.join(keys)}: {text}" if keys else text
 
 
-def suggest(key: str, known: list[str]) -> str:
-    """`; did you mean ...?` for a misspelt key, or nothing."""
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(known_keys: Iterable[str] = ()) -> Iterator[None]:
     """Print a UserError or a parser's error as one line and exit with code 2."""
     try:
         yield
     except (UserError, argparse.ArgumentError) as error:
-        message = str(error) if isinstance(error, UserError) else one_line(str(error))
+        message = str(error) if isinstance(error, UserError) else one_line(str(error), known_keys)
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)

@@ -21,7 +21,7 @@ from frugal.callbacks.progress import Progress
 from frugal.callbacks.report import RunReport
 from frugal.callbacks.routing import RoutingMonitor
 from frugal.callbacks.samples import TextSamples
-from frugal.cli.errors import one_line_errors
+from frugal.cli.errors import one_line, one_line_errors
 from frugal.data.datamodule import TextDataModule
 from frugal.errors import UserError
 from frugal.tracking.run_folder import RunConfig, RunFolder, folder_of, new_run, newest_run
@@ -94,16 +94,24 @@ class FrugalCLI(LightningCLI):
         self.run_config = run
         config.trainer.default_root_dir = str(self.folder.path)
 
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; a value that a class refuses is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:
+            # jsonargparse wraps what our dataclasses raise into a report of its own.
+            if "Does not validate" not in str(error) and "Parser key" not in str(error):
+                raise
+            raise UserError(one_line(str(error))) from None
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the callbacks, loggers and checkpoint reader that every run has."""
         trainer_config = self._get(self.config_init, "trainer")
         fitting = self.subcommand == "fit"
-        loggers: list[Any] = []
-        if fitting and trainer_config.get("logger") is not False and not trainer_config.get("fast_dev_run"):
-            loggers.append(MetricsFile(self.folder))
-            if self.run_config.wandb != "disabled":
-                loggers.append(SafeWandbLogger(self.run_config, self.folder))
-        kwargs["logger"] = loggers or False
+        wants_logs = fitting and trainer_config.get("logger") is not False and not trainer_config.get("fast_dev_run")
+        kwargs["logger"] = False
         trainer_config["plugins"] = [*(trainer_config.get("plugins") or []), SafeCheckpointIO()]
         extra = [RoutingMonitor(), Progress(), best_checkpoint(), RunReport()]
         trainer_config["callbacks"] = [*(trainer_config.get("callbacks") or []), *(extra if fitting else [Progress()])]
@@ -113,6 +121,10 @@ class FrugalCLI(LightningCLI):
             raise error if isinstance(error, UserError) else UserError(f"trainer: {error}") from None
         for callback in trainer.checkpoint_callbacks:
             callback.dirpath = str(self.folder.checkpoints)  # type: ignore[attr-defined]
+        if wants_logs:  # made last: loggers create the run's folder, and a refused config should leave none behind
+            trainer.loggers = [MetricsFile(self.folder)]
+            if self.run_config.wandb != "disabled":
+                trainer.loggers.append(SafeWandbLogger(self.run_config, self.folder))
         return trainer
 
     def before_fit(self) -> None:
@@ -131,6 +143,17 @@ class FrugalCLI(LightningCLI):
             logger.log_hyperparams(self.config_dump)
 
 
+def known_keys(config: Any, prefix: str = "") -> list[str]:
+    """The keys of a nested config as users write them (`init_args` may be left out), for suggestions."""
+    if not isinstance(config, dict):
+        return [prefix]
+    return [
+        key
+        for name, value in config.items()
+        for key in known_keys(value, prefix if name == "init_args" else f"{prefix}.{name}".lstrip("."))
+    ]
+
+
 def main(args: list[str] | None = None) -> None:
     """Parse, instantiate and run one of fit, validate, test and predict."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -138,11 +161,15 @@ def main(args: list[str] | None = None) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    # Our sampler starts at the trainer's step, so the loader needs no state of its own.
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     keep_freed_memory()
-    with one_line_errors():
-        if not Path(BASE_CONFIG).is_file():
-            raise UserError(f"no {BASE_CONFIG} here: run from the project's root folder")
+    if not Path(BASE_CONFIG).is_file():
+        sys.exit(f"error: no {BASE_CONFIG} here: run from the project's root folder")
+    with one_line_errors(known_keys(yaml.safe_load(Path(BASE_CONFIG).read_text(encoding="utf-8")))):
         options = {"exit_on_error": False}
         FrugalCLI(
             pl.LightningModule,

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from frugal.model.config import TransformerConfig
 
 
-def rotary_table(head_dim: int, seq_len: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    head_dim: int, seq_len: int, theta: float, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (Su et al. 2021), float32, each of shape [seq_len, head_dim / 2]."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequency)

@@ -122,7 +122,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts, their weights stacked as Hugging Face stacks them: w13 [E, 2I, D] (gate over up), w2 [E, D, I]."""
+    """E SwiGLU experts, stacked as Hugging Face stacks them: w13 [E, 2I, D] (gate over up), w2 [E, D, I]."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -139,7 +139,8 @@ class Experts(nn.Module):
         # Where each expert's rows end: found in the sorted list, so that nothing waits for the device.
         ends_E = torch.searchsorted(sorted_N, experts, right=True)
         load_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
-        w13, w2 = self.w13, self.w2
+        w13: Tensor = self.w13
+        w2: Tensor = self.w2
         if torch.is_autocast_enabled(x_TD.device.type):
             dtype = torch.get_autocast_dtype(x_TD.device.type)
             x_TD, w13, w2 = x_TD.to(dtype), w13.to(dtype), w2.to(dtype)

@@ -61,12 +61,11 @@ def expert_load_figure(rows: list[dict[str, Any]], title: str) -> Figure:
     figure = _figure(figsize=(8, 1.2 + 1.7 * len(layers)))
     axes = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
     first, last = rows[0]["step"] + 1, rows[-1]["step"] + 1
-    image = None
     for axis, layer in zip(axes, layers, strict=True):
         n_experts = len(rows[-1]["layers"][layer])
         ratio = [[share * n_experts for share in row["layers"][layer]] for row in rows]
         columns = list(zip(*ratio, strict=True))
-        image = axis.imshow(
+        axis.imshow(
             columns,
             aspect="auto",
             cmap="cividis",
@@ -77,7 +76,7 @@ def expert_load_figure(rows: list[dict[str, Any]], title: str) -> Figure:
         )
         axis.set(ylabel=f"layer {layer}\nexpert")
     axes[-1].set(xlabel="optimizer step")
-    figure.colorbar(image, ax=list(axes), label="load / even load", shrink=0.8)
+    figure.colorbar(axes[0].images[0], ax=list(axes), label="load / even load", shrink=0.8)
     figure.suptitle(title)
     return figure
 

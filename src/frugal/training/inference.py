@@ -61,6 +61,7 @@ def sample_texts(
     if num_samples < 1 or max_new_tokens < 1:
         raise UserError("num_samples and max_new_tokens: must be at least 1")
     end = tokenizer.token_to_id(EOT)
+    assert end is not None  # load_tokenizer checks it
     ids = tokenizer.encode(prompt).ids or [end]
     if len(ids) >= model.config.max_seq_len:
         raise UserError(f"prompt: {len(ids)} tokens leave no room; the model reads {model.config.max_seq_len}")

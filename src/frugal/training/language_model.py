@@ -180,7 +180,9 @@ class LanguageModel(pl.LightningModule):
         """Refuse a checkpoint of another shape, naming the keys that differ."""
         theirs, ours = checkpoint.get("transformer"), asdict(self.config)
         if theirs is None:
-            raise UserError("ckpt_path: the file is no frugal language-model checkpoint (it has no `transformer` entry)")
+            raise UserError(
+                "ckpt_path: the file is no frugal language-model checkpoint (it has no `transformer` entry)"
+            )
         differences = _differences(theirs, ours, "model.transformer")
         if differences:
             raise UserError("ckpt_path: the checkpoint has another shape: " + "; ".join(differences))

