@@ -1,0 +1,120 @@
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from frugal.data.packing import prepare, split_documents
+from frugal.data.sources import KingJames, LocalText
+from frugal.data.tokenization import TokenizerConfig, token_byte_lengths
+from frugal.errors import UserError
+
+LINES = "".join(f"line {i} of the text, with é and 🙂\n" for i in range(300))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> LocalText:
+    (tmp_path / "a.txt").write_text(LINES, encoding="utf-8")
+    return LocalText(str(tmp_path / "a.txt"))
+
+
+@given(
+    st.lists(st.text(st.sampled_from("ab\né🙂"), min_size=1), max_size=8),
+    st.floats(0.01, 0.99),
+)
+def test_split_keeps_the_text_and_its_order(documents: list[str], val_fraction: float) -> None:
+    try:
+        train, val = split_documents(documents, val_fraction)
+    except UserError as error:
+        assert str(error).startswith(("data.source:", "data.val_fraction:"))
+        return
+    assert "".join(train + val) == "".join(documents)
+    assert all(train) and all(val)
+    total, kept = (sum(len(d.encode()) for d in part) for part in (documents, train))
+    position = int(total * (1 - val_fraction))
+    assert kept >= position
+    # Nothing but the rest of one line lies between the position and the cut, unless the document ends there.
+    assert b"\n" not in "".join(documents).encode()[position : kept - 1]
+
+
+def test_split_cuts_inside_a_document() -> None:
+    assert split_documents(["aaaa\nbbbb\ncccc\n"], 0.5) == (["aaaa\nbbbb\n"], ["cccc\n"])
+
+
+@pytest.mark.parametrize("documents", [[], [""]])
+def test_no_text_is_refused(documents: list[str]) -> None:
+    with pytest.raises(UserError, match=r"data\.source: there is no text"):
+        split_documents(documents, 0.5)
+
+
+def test_a_split_without_validation_text_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.val_fraction.*no text for validation"):
+        split_documents(["one line without an end"], 0.1)
+
+
+def test_king_james_validation_starts_in_colossians() -> None:
+    train, val = split_documents(KingJames().documents(), 0.05)
+    assert train[-1].startswith("Colossians 1\n")
+    assert val[0].startswith("For by him were all things created")
+    assert sum(len(document) for document in val) == 207_477
+
+
+def test_tokens_decode_to_the_text(source: LocalText, tmp_path: Path) -> None:
+    prepared = prepare(source, TokenizerConfig(300), 0.2, str(tmp_path / "cache"))
+    assert prepared.train[0] == prepared.val[0] == 0
+    assert prepared.train.dtype == np.uint16
+    text = [prepared.tokenizer.decode(part.tolist()) for part in (prepared.train, prepared.val)]
+    assert "".join(text) == LINES
+    lengths = token_byte_lengths(prepared.tokenizer)
+    for name, part in (("train", prepared.train), ("val", prepared.val)):
+        assert prepared.meta[name]["tokens"] == len(part)
+        assert prepared.meta[name]["bytes"] == lengths[part].sum()
+    assert prepared.meta["train"]["bytes"] + prepared.meta["val"]["bytes"] == len(LINES.encode())
+
+
+def test_cache_is_used_again_and_follows_every_setting(source: LocalText, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    first = prepare(source, TokenizerConfig(300), 0.2, cache)
+    written = (first.folder / "train.bin").stat().st_mtime_ns
+    assert prepare(source, TokenizerConfig(300), 0.2, cache).folder == first.folder
+    assert (first.folder / "train.bin").stat().st_mtime_ns == written
+    others = [prepare(source, TokenizerConfig(301), 0.2, cache), prepare(source, TokenizerConfig(300), 0.3, cache)]
+    (tmp_path / "a.txt").write_text(LINES + "one more\n", encoding="utf-8")
+    others.append(prepare(source, TokenizerConfig(300), 0.2, cache))
+    assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_an_interrupted_preparation_leaves_no_cache(
+    source: LocalText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("frugal.data.packing._write", fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, TokenizerConfig(300), 0.2, str(tmp_path / "cache"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def _prepare(path: str, cache: str) -> str:
+    return prepare(LocalText(path), TokenizerConfig(300), 0.2, cache).fingerprint
+
+
+def test_two_processes_at_once(source: LocalText, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        found = pool.starmap(_prepare, [(source.path, str(cache))] * 4)
+    assert len(set(found)) == 1
+    assert [folder.name for folder in cache.iterdir()] == [found[0][:16]]
+
+
+def test_a_loaded_tokenizer_is_part_of_the_fingerprint(source: LocalText, tmp_path: Path) -> None:
+    made = prepare(source, TokenizerConfig(300), 0.2, str(tmp_path / "cache"))
+    loaded = prepare(source, TokenizerConfig(300, path=str(made.folder)), 0.2, str(tmp_path / "cache"))
+    assert loaded.fingerprint != made.fingerprint
+    assert np.array_equal(loaded.train, made.train)
+    with pytest.raises(UserError, match=r"data\.tokenizer\.vocab_size: 299 is less than the 300"):
+        prepare(source, TokenizerConfig(299, path=str(made.folder)), 0.2, str(tmp_path / "cache"))

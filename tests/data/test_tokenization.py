@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+
+from frugal.data.tokenization import EOT, TokenizerConfig, load_tokenizer, token_byte_lengths, train_tokenizer
+from frugal.errors import UserError
+
+TOKENIZER = train_tokenizer(["the cat sat on the mat\n" * 20, "naïve 🙂🙂 café\n" * 20], TokenizerConfig(300))
+LENGTHS = token_byte_lengths(TOKENIZER)
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_bytes_of_tokens_are_bytes_of_text(text: str) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+    assert LENGTHS[ids].sum() == len(text.encode())
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == text
+
+
+def test_end_of_text_is_token_0_and_stands_for_no_bytes() -> None:
+    assert TOKENIZER.token_to_id(EOT) == 0
+    assert LENGTHS[0] == 0
+    assert LENGTHS[1:].min() == 1
+    # Merging stops when no pair is left, so a small text gives fewer tokens than asked for.
+    assert 257 < len(LENGTHS) == TOKENIZER.get_vocab_size() <= 300
+
+
+def test_training_is_deterministic() -> None:
+    texts = ["a stitch in time saves nine\n" * 9]
+    assert (
+        train_tokenizer(texts, TokenizerConfig(270)).to_str() == train_tokenizer(texts, TokenizerConfig(270)).to_str()
+    )
+
+
+def test_json_round_trip() -> None:
+    assert load_tokenizer(TOKENIZER.to_str()).encode("the cat").ids == TOKENIZER.encode("the cat").ids
+
+
+def test_too_small_a_vocabulary_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.tokenizer\.vocab_size.*257.*got 256"):
+        TokenizerConfig(256)
+
+
+def test_path_may_be_a_file_or_a_folder(tmp_path: Path) -> None:
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    assert TokenizerConfig(path=str(tmp_path)).file == TokenizerConfig(path=str(tmp_path / "tokenizer.json")).file
+    with pytest.raises(UserError, match=r"data\.tokenizer\.path: no tokenizer\.json"):
+        _ = TokenizerConfig(path=str(tmp_path / "missing")).file
+
+
+def test_tokenizers_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({EOT: 0, "a": 1, "?": 2}, unk_token="?"))
+    with pytest.raises(UserError, match="only byte-level"):
+        load_tokenizer(words.to_str())
+    with pytest.raises(UserError, match="has no <|endoftext|> token".replace("|", r"\|")):
+        load_tokenizer(Tokenizer(models.BPE()).to_str())
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no valid tokenizer"):
+        load_tokenizer(tmp_path / "tokenizer.json")
