@@ -77,7 +77,7 @@ def test_a_run_without_a_number_of_steps_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("seq_len", 0), ("batch_size", 0), ("eval_batch_size", -1), ("num_workers", -1), ("val_fraction", 1.0)],
+    [("seq_len", 0), ("batch_size", 0), ("eval_batch_size", 0), ("num_workers", -1), ("val_fraction", 1.0)],
 )
 def test_bad_values_name_their_key(key: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"data\.{key}: must .*got {value}"):

@@ -118,3 +118,24 @@ def test_a_loaded_tokenizer_is_part_of_the_fingerprint(source: LocalText, tmp_pa
     assert np.array_equal(loaded.train, made.train)
     with pytest.raises(UserError, match=r"data\.tokenizer\.vocab_size: 299 is less than the 300"):
         prepare(source, TokenizerConfig(299, path=str(made.folder)), 0.2, str(tmp_path / "cache"))
+
+
+def test_the_marker_inside_a_text_is_text(tmp_path: Path) -> None:
+    text = "Once there was a fox.\n<|endoftext|>\nA dog ran.\n" * 50
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    prepared = prepare(LocalText(str(tmp_path / "a.txt")), TokenizerConfig(300), 0.2, str(tmp_path / "cache"))
+    assert prepared.train_bytes + prepared.val_bytes == len(text)
+    assert np.flatnonzero(prepared.train == 0).tolist() == [0]
+
+
+def test_a_truncated_cache_is_refused(source: LocalText, tmp_path: Path) -> None:
+    prepared = prepare(source, TokenizerConfig(300), 0.2, str(tmp_path / "cache"))
+    file = prepared.folder / "train.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*train\.bin does not hold its"):
+        prepare(source, TokenizerConfig(300), 0.2, str(tmp_path / "cache"))
+
+
+def test_a_cache_folder_that_cannot_be_made_is_refused(source: LocalText, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write"):
+        prepare(source, TokenizerConfig(300), 0.2, str(tmp_path / "a.txt" / "cache"))

@@ -53,6 +53,7 @@ def parquet(path: Path) -> None:
         ("a.txt", lambda path: path.write_bytes(b"abc\xe9"), "a.txt: not UTF-8 at byte 3; convert"),
         ("a.jsonl", lambda path: path.write_text('{"text": "x"}\n{oops\n'), "a.jsonl:2: no valid JSON"),
         ("a.jsonl", lambda path: path.write_text(json.dumps({"body": "x"})), "a.jsonl:1: no text under 'text'"),
+        ("s.jsonl", lambda path: path.write_text(r'{"text": "a\ud800"}'), "s.jsonl:1: .*lone surrogate"),
         ("a.parquet", parquet, "no column 'text' .there are body."),
         ("b.parquet", lambda path: path.write_bytes(b"no parquet"), "b.parquet: no valid parquet file"),
         ("a.csv", lambda path: path.write_text("x"), "a.csv: unknown suffix"),

@@ -34,6 +34,8 @@ def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
         if found := re.search(pattern, message):
             parts = [*keys, found.groupdict().get("group"), found["key"].lstrip("-")]
             name = ".".join(part for part in parts if part)
+            if "recognized" in pattern and not found["key"].startswith("--"):
+                return f"unexpected argument {found['key']!r}"
             close = difflib.get_close_matches(name, list(known_keys), n=1)
             return f"{name}: there is no such key" + (f"; did you mean {close[0]}?" if close else "")
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]

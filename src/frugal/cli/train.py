@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import sys
@@ -127,6 +128,30 @@ class FrugalCLI(LightningCLI):
                 trainer.loggers.append(SafeWandbLogger(self.run_config, self.folder))
         return trainer
 
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate and keep the figures as `validate.json` in the run's folder."""
+        self._write("validate.json", json.dumps(self.trainer.validate(**kwargs)[0], indent=2))
+
+    def test(self, **kwargs: Any) -> None:
+        """Evaluate and keep the figures as `test.json` in the run's folder."""
+        self._write("test.json", json.dumps(self.trainer.test(**kwargs)[0], indent=2))
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write the loss of each held-out sequence to `predictions.jsonl` in the run's folder."""
+        batches: list[Any] = self.trainer.predict(**kwargs) or []
+        rows = [
+            json.dumps({key: value.item() for key, value in zip(batch, values, strict=True)})
+            for batch in batches
+            for values in zip(*batch.values(), strict=True)
+        ]
+        self._write("predictions.jsonl", "\n".join(rows))
+
+    def _write(self, name: str, text: str) -> None:
+        path = self.folder.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+        print(f"written to {path}")
+
     def before_fit(self) -> None:
         """Write the resolved config into the run's folder and send it to W&B."""
         self._dump_config()
@@ -161,6 +186,7 @@ def main(args: list[str] | None = None) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*custom batch sampler.*for prediction.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     # Our sampler starts at the trainer's step, so the loader needs no state of its own.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")

@@ -56,7 +56,7 @@ class TextDataModule(pl.LightningDataModule):
         for key, value, least in (
             ("seq_len", seq_len, 1),
             ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size or 1, 1),
+            ("eval_batch_size", 1 if eval_batch_size is None else eval_batch_size, 1),
             ("num_workers", num_workers, 0),
         ):
             if value < least:
@@ -88,6 +88,18 @@ class TextDataModule(pl.LightningDataModule):
     def token_bytes(self) -> Tensor:
         """Bytes of text per token, int64 [vocab]."""
         return torch.from_numpy(token_byte_lengths(self.tokenizer))
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training split (after setup)."""
+        assert self.prepared is not None
+        return len(self.prepared.train)
+
+    @property
+    def val_tokens(self) -> int:
+        """Tokens of the validation split (after setup)."""
+        assert self.prepared is not None
+        return len(self.prepared.val)
 
     def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
         return DataLoader(

@@ -75,6 +75,16 @@ class Prepared:
         """Hash of everything the tokens depend on."""
         return self.meta["fingerprint"]
 
+    @property
+    def train_bytes(self) -> int:
+        """UTF-8 bytes of the training text."""
+        return self.meta["train"]["bytes"]
+
+    @property
+    def val_bytes(self) -> int:
+        """UTF-8 bytes of the validation text."""
+        return self.meta["val"]["bytes"]
+
 
 def fingerprint(source: Source, tokenizer: TokenizerConfig, val_fraction: float) -> str:
     """Hash of the source's content, the tokenizer's settings and content, the split, and the code's versions."""
@@ -108,8 +118,8 @@ def prepare(source: Source, config: TokenizerConfig, val_fraction: float, cache_
                 f"of {config.path}"
             )
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        temporary.mkdir(parents=True)
         try:
+            temporary.mkdir(parents=True)
             meta: dict[str, Any] = {"fingerprint": key, "source": source.name, "val_fraction": val_fraction}
             for name, documents in (("train", train), ("val", val)):
                 meta[name] = _write_tokens(temporary / f"{name}.bin", documents, tokenizer)
@@ -133,8 +143,14 @@ def prepare(source: Source, config: TokenizerConfig, val_fraction: float, cache_
             meta["train"]["bytes"] / meta["train"]["tokens"],
             meta["seconds"],
         )
+    else:
+        log.debug("prepared corpus %s found in %s", source.name, folder)
     meta = json.loads((folder / "meta.json").read_text())
     tokenizer = load_tokenizer(folder / "tokenizer.json")
+    for name in ("train", "val"):
+        size, expected = (folder / f"{name}.bin").stat().st_size, meta[name]["tokens"]
+        if size != expected * np.dtype(meta[name]["dtype"]).itemsize:
+            raise UserError(f"data.cache_dir: {folder}/{name}.bin does not hold its {expected} tokens; delete {folder}")
     train_map, val_map = (
         np.memmap(folder / f"{name}.bin", dtype=meta[name]["dtype"], mode="r") for name in ("train", "val")
     )
@@ -151,6 +167,8 @@ def _write(path: Path, content: bytes) -> None:
 def _write_tokens(path: Path, documents: list[str], tokenizer: Tokenizer) -> dict[str, Any]:
     """Encode documents, each preceded by the end-of-text token, so that every byte of text is predicted."""
     end = tokenizer.token_to_id(EOT)
+    # A text may contain the marker itself (TinyStories does): there it is text like any other, and its bytes count.
+    tokenizer.encode_special_tokens = True
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
     lengths = token_byte_lengths(tokenizer)
     tokens = text_bytes = 0

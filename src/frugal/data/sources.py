@@ -122,6 +122,10 @@ class LocalText(Source):
                     raise UserError(f"{file}:{number}: no valid JSON ({error.msg}, column {error.colno})") from None
                 if not isinstance(row, dict) or not isinstance(row.get(self.text_key), str):
                     raise UserError(f"{file}:{number}: no text under {self.text_key!r}; set data.source.text_key")
+                try:
+                    row[self.text_key].encode()
+                except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
+                    raise UserError(f"{file}:{number}: the text has a lone surrogate; remove or replace it") from None
                 yield row[self.text_key]
 
     def _read_parquet(self, file: Path) -> Iterator[str]:

@@ -1,0 +1,70 @@
+"""Shared fixtures: a small text, and a run of `train.py` inside a scratch project."""
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+# Tests run side by side, one process per core: more threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+
+
+def make_text(lines: int, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    words = "the lord said unto moses go speak to pharaoh and let my people serve in wilderness of sinai".split()
+    return "".join(" ".join(rng.choice(words) for _ in range(12)) + "\n" for _ in range(lines))
+
+
+TINY = """
+run: {wandb: disabled}
+data:
+  source: {class_path: frugal.data.sources.LocalText, init_args: {path: text.txt}}
+  tokenizer: {vocab_size: 300}
+  seq_len: 16
+  batch_size: 4
+model:
+  transformer:
+    d_model: 16
+    n_layers: 2
+    d_ff: 32
+    attention: {n_heads: 2, n_kv_heads: 1}
+    moe: {n_experts: 4, top_k: 2, d_expert: 16, n_shared_experts: 1, first_k_dense: 1}
+  schedule: {warmup_steps: 2}
+trainer: {max_steps: 12, val_check_interval: 4, log_every_n_steps: 2}
+checkpoint: {every_n_steps: 3}
+samples: {max_new_tokens: 4}
+cost: {peak_tflops: 0.1}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the shipped configs, `tiny.yaml` (an overlay of seconds) and `text.txt`; the current directory."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "text.txt").write_text(make_text(400))
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "LOCAL_RANK", "FRUGAL_RUN_FOLDER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    return tmp_path
+
+
+@pytest.fixture
+def train(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`train("fit", "--key", "value")`: run train.py's main on tiny.yaml; returns the newest run folder of its name."""
+    from frugal.cli.train import main
+
+    def run(subcommand: str, *args: str) -> Path:
+        monkeypatch.setattr("sys.argv", ["train.py"])
+        main([subcommand, "--config", "tiny.yaml", *args])
+        name = args[args.index("--run.name") + 1] if "--run.name" in args else "base"
+        return sorted(Path("runs", name).iterdir())[-1]
+
+    return run

@@ -1,0 +1,130 @@
+"""The loss is a mean over the step's valid tokens, however the step is cut up."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from frugal.errors import UserError
+from frugal.model.config import AttentionConfig, MoEConfig, TransformerConfig
+from frugal.schedule import WarmupStableDecay
+from frugal.training.language_model import LanguageModel
+from frugal.training.optim import AdamWConfig, parameter_groups
+
+CONFIG = TransformerConfig(
+    vocab_size=32,
+    d_model=16,
+    n_layers=2,
+    d_ff=24,
+    attention=AttentionConfig(n_heads=2),
+    moe=MoEConfig(n_experts=4, top_k=2, d_expert=8, n_shared_experts=1, first_k_dense=1),
+    max_seq_len=12,
+    init_std=0.3,
+)
+
+
+class Sequences(pl.LightningDataModule):
+    """Eight sequences of which several are partly masked, in micro-batches of a given size."""
+
+    def __init__(self, micro_batch: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(0, 32, (8, 12), generator=generator)
+        self.labels = torch.randint(0, 32, (8, 12), generator=generator)
+        self.labels[1, 3:] = -100
+        self.labels[2, :] = -100
+        self.labels[6, 8:] = -100
+        self.micro_batch = micro_batch
+        self.token_bytes = torch.ones(32, dtype=torch.int64)
+
+    def train_dataloader(self) -> DataLoader:
+        pairs = zip(self.ids.split(self.micro_batch), self.labels.split(self.micro_batch), strict=True)
+        return DataLoader([{"input_ids": ids, "labels": labels} for ids, labels in pairs], batch_size=None)  # type: ignore
+
+
+class Spy(pl.Callback):
+    """Keep the gradients that the optimizer is about to use, and the experts' loads of the step."""
+
+    grads: dict[str, Tensor]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        self.load = module.model.moe_layers()[1].load.clone()
+
+
+def one_step(micro_batch: int, accumulate: int) -> tuple[LanguageModel, Spy, float]:
+    torch.manual_seed(0)
+    module = LanguageModel(CONFIG, AdamWConfig(), WarmupStableDecay())
+    module.configure_model()
+    module.train()
+    spy = Spy()
+    trainer = pl.Trainer(
+        max_steps=1,
+        accumulate_grad_batches=accumulate,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[spy],
+        log_every_n_steps=1,
+    )
+    grads = {}
+
+    def keep(optimizer: Any, *args: Any) -> None:
+        grads.update({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
+
+    original = module.configure_gradient_clipping
+    module.configure_gradient_clipping = lambda *a, **k: (keep(a[0]), original(*a, **k))[1]  # type: ignore
+    trainer.fit(module, datamodule=Sequences(micro_batch))
+    spy.grads = grads
+    return module, spy, float(trainer.callback_metrics["train/loss"])
+
+
+def plain_gradients() -> tuple[dict[str, Tensor], float]:
+    """The oracle: one mean over all valid tokens in plain PyTorch."""
+    torch.manual_seed(0)
+    module = LanguageModel(CONFIG, AdamWConfig(), WarmupStableDecay())
+    module.configure_model()
+    data = Sequences(8)
+    loss = F.cross_entropy(module(data.ids).flatten(0, 1), data.labels.flatten(), ignore_index=-100)
+    loss.backward()
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}, loss.item()
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulate"), [(8, 1), (1, 8), (2, 4), (4, 2)])
+def test_accumulation_does_not_change_the_gradients(micro_batch: int, accumulate: int) -> None:
+    expected, expected_loss = plain_gradients()
+    module, spy, loss = one_step(micro_batch, accumulate)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert spy.grads.keys() == expected.keys()
+    for name, grad in spy.grads.items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+    assert spy.load.sum() == 8 * 12 * 2  # every position of every micro-batch, top_k times
+    assert module.model is not None and module.model.moe_layers()[1].load.sum() == 0  # cleared after the step
+
+
+def test_every_parameter_is_in_one_group_and_vectors_do_not_decay() -> None:
+    module = LanguageModel(CONFIG, AdamWConfig(), WarmupStableDecay())
+    module.configure_model()
+    groups = parameter_groups(module, 0.1)
+    placed = [id(p) for group in groups for p in group["params"]]
+    assert sorted(placed) == sorted(id(p) for p in module.parameters())
+    assert all((p.ndim < 2) == (group["weight_decay"] == 0) for group in groups for p in group["params"])
+
+
+def test_a_checkpoint_of_another_shape_names_the_keys() -> None:
+    module = LanguageModel(CONFIG, AdamWConfig(), WarmupStableDecay())
+    module.configure_model()
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    module.on_load_checkpoint(checkpoint)
+    checkpoint["transformer"]["d_model"] = 99
+    checkpoint["transformer"]["moe"]["top_k"] = 1
+    with pytest.raises(UserError, match=r"d_model is 99 in the checkpoint, 16 .*moe\.top_k is 1"):
+        module.on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="no frugal"):
+        module.on_load_checkpoint({})
