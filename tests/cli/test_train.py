@@ -1,0 +1,196 @@
+"""train.py end to end on a text of seconds: what a run leaves behind, resume, and faults in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from frugal.tracking.run_folder import read_lines
+
+Train = Callable[..., Path]
+SUMMARY_KEYS = {
+    "val_loss",
+    "val_bits_per_byte",
+    "tokens_seen",
+    "flops",
+    "seconds",
+    "joules",
+    "dollars",
+    "params_total",
+    "params_active",
+    "tokens_per_second",
+    "mfu",
+    "global_step",
+}
+
+
+def test_a_run_leaves_everything_in_its_folder(train: Train, capsys: pytest.CaptureFixture) -> None:
+    folder = train("fit", "--trainer.max_steps", "40", "--model.optimizer.lr", "0.02")
+    out = capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["global_step"] == 40 and summary["tokens_seen"] == 40 * 4 * 16
+    rows = read_lines(folder / "metrics.jsonl")
+    val = [row["val/loss"] for row in rows if "val/loss" in row]
+    assert val[-1] < val[0] - 0.5 and summary["val_loss"] == min(val)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 40, 2))
+    names = set().union(*rows)
+    assert names >= {
+        "train/loss",
+        "val/bits_per_byte",
+        "optim/lr",
+        "optim/grad_norm",
+        "speed/tokens_per_second",
+        "speed/mfu",
+        "router/max_violation",
+        "router/dead_experts",
+        "cost/dollars",
+    }
+    for name in ("loss", "expert_load"):
+        assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    loads = read_lines(folder / "expert_load.jsonl")
+    assert all(sum(layer) == pytest.approx(1, abs=1e-3) for row in loads for layer in row["layers"].values())
+    for shown in ("bits per byte", "parameters", str(folder), "frugal generate", f"{summary['val_bits_per_byte']:.4f}"):
+        assert shown in out
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["trainer"]["max_steps"] == 40 and config["model"]["init_args"]["transformer"]["vocab_size"] == 300
+    # The resolved config alone repeats the run.
+    again = train("fit", "--config", str(folder / "config.yaml"), "--run.name", "again")
+    assert history(again) == history(folder)
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a_state, b_state = (torch.load(p / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for p in (a, b))
+    return a_state.keys() == b_state.keys() and all(torch.equal(a_state[key], b_state[key]) for key in a_state)
+
+
+def history(folder: Path) -> list[dict]:
+    timed = ("time", "speed/", "cost/seconds", "cost/joules", "cost/dollars")
+    return [
+        {key: value for key, value in row.items() if not key.startswith(timed)}
+        for row in read_lines(folder / "metrics.jsonl")
+    ]
+
+
+KILLER = """
+import os, signal, sys
+import lightning.pytorch as pl
+class Killer(pl.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+import frugal.callbacks.routing as routing
+original = routing.RoutingMonitor.on_train_batch_end
+def patched(self, trainer, *args):
+    original(self, trainer, *args)
+    Killer().on_train_batch_end(trainer)
+routing.RoutingMonitor.on_train_batch_end = patched
+from frugal.cli.train import main
+main(["fit", "--config", "tiny.yaml", "--run.name", "cut", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [(), ("--trainer.accumulate_grad_batches", "2", "--data.num_workers", "1")], ids=str)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(train: Train, extra: tuple[str, ...]) -> None:
+    whole = train("fit", "--run.name", "whole", *extra)
+    assert subprocess.run([sys.executable, "-c", KILLER, *extra], capture_output=True).returncode == -9
+    cut = train("fit", "--run.name", "cut", "--ckpt_path", "last", *extra)
+    assert len(list(Path("runs/cut").iterdir())) == 1  # the same folder
+    assert same_weights(whole, cut)
+    assert history(whole) == history(cut)
+    assert read_lines(whole / "expert_load.jsonl") == read_lines(cut / "expert_load.jsonl")
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, cut)]
+    for key in ("tokens_seen", "flops", "global_step", "val_loss"):
+        assert summaries[0][key] == summaries[1][key]
+    # A finished run has nothing left to do.
+    before = (cut / "metrics.jsonl").read_text()
+    train("fit", "--run.name", "cut", "--ckpt_path", "last", *extra)
+    assert (cut / "metrics.jsonl").read_text() == before and same_weights(whole, cut)
+
+
+def test_validate_and_predict_agree_with_the_run(train: Train) -> None:
+    folder = train("fit")
+    train("validate", "--ckpt_path", "last")
+    last = [row for row in read_lines(folder / "metrics.jsonl") if "val/loss" in row][-1]
+    figures = json.loads((folder / "validate.json").read_text())
+    assert figures["val/loss"] == pytest.approx(last["val/loss"], rel=1e-6)
+    train("predict", "--ckpt_path", str(folder / "checkpoints/last.ckpt"))
+    rows = read_lines(folder / "predictions.jsonl")
+    mean = sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert mean == pytest.approx(last["val/loss"], rel=1e-5)
+
+
+FAULTS = {
+    "a misspelt key": (["--model.transformer.d_modell", "8"], "model.transformer.d_modell: there is no such key"),
+    "a misspelt key in an overlay": (["--config", "typo.yaml"], "did you mean trainer.max_steps?"),
+    "a wrong type": (["--model.optimizer.lr", "fast"], "model.optimizer.lr: Expected a float. Got value: fast"),
+    "top_k too large": (["--model.transformer.moe.top_k", "9"], "top_k: must lie between 1 and n_experts (4), got 9"),
+    "an unknown strategy": (["--trainer.strategy", "magic"], "trainer: You selected an invalid strategy name"),
+    "a missing config": (["--config", "none.yaml"], "File does not exist"),
+    "a missing text": (["--data.source.path", "none.txt"], "data.source.path: no such file"),
+    "an empty text": (["--data.source.path", "empty.txt"], "data.source: there is no text in it"),
+    "a short text": (["--data.source.path", "short.txt", "--data.seq_len", "512"], "data.seq_len: 512 is too long"),
+    "a text not in UTF-8": (["--data.source.path", "latin.txt"], "latin.txt: not UTF-8 at byte 3"),
+    "no checkpoint": (["--ckpt_path", "none.ckpt"], "ckpt_path: no file none.ckpt"),
+    "another shape": (
+        ["--ckpt_path", "good.ckpt", "--model.transformer.d_model", "32"],
+        "model.transformer.d_model is 16 in the checkpoint, 32 in the config",
+    ),
+    "a truncated checkpoint": (["--ckpt_path", "cut.ckpt"], "cut.ckpt is damaged or no checkpoint"),
+    "a pickle that runs code": (["--ckpt_path", "evil.ckpt"], "evil.ckpt holds more than tensors and plain values"),
+    "another tokenizer": (["--ckpt_path", "good.ckpt", "--data.source.path", "other.txt"], "another tokenizer"),
+    "no steps": (["--trainer.max_steps", "-1"], "trainer.max_steps: must be positive"),
+    "a bad run name": (["--run.name", "a/b"], "run.name: use letters"),
+}
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (Path.write_text, (Path("executed"), "yes"))
+
+
+@pytest.fixture
+def broken(project: Path, train: Train) -> None:
+    folder = train("fit", "--run.name", "good", "--trainer.max_steps", "4")
+    good = project / "good.ckpt"
+    shutil.copy(folder / "checkpoints/last.ckpt", good)
+    (project / "cut.ckpt").write_bytes(good.read_bytes()[:-5000])
+    torch.save({"state_dict": Evil()}, project / "evil.ckpt")
+    (project / "typo.yaml").write_text("trainer: {max_stepz: 3}\n")
+    (project / "empty.txt").write_text("")
+    (project / "short.txt").write_text("one line\nand another\n" * 30)
+    (project / "latin.txt").write_bytes("abcé abc\n".encode("latin-1") * 1000)
+    (project / "other.txt").write_text("".join(f"{i} {i * i} numbers\n" for i in range(2000)))
+
+
+def test_faults_are_one_line_that_names_the_key(broken: None, train: Train, capsys: pytest.CaptureFixture) -> None:
+    capsys.readouterr()
+    before = sorted(Path("runs").rglob("*.ckpt"))
+    for name, (args, expected) in FAULTS.items():
+        with pytest.raises(SystemExit) as stopped:
+            train("fit", *args)
+        err = capsys.readouterr().err.strip()
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert stopped.value.code == 2, name
+        assert len(errors) == 1 and expected in errors[0], f"{name}: {err}"
+        assert "Traceback" not in err, name
+    assert not Path("executed").exists()
+    assert sorted(Path("runs").rglob("*.ckpt")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a misspelt key", "a truncated checkpoint", "a short text"])
+def test_faults_on_the_real_command_line(broken: None, project: Path, name: str) -> None:
+    args, expected = FAULTS[name]
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "train.py"), "fit", "--config", "tiny.yaml", *args]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=project)
+    assert result.returncode == 2
+    assert expected in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr + result.stdout
