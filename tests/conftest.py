@@ -17,7 +17,26 @@ ROOT = Path(__file__).parent.parent
 
 def make_text(lines: int, seed: int = 0) -> str:
     rng = random.Random(seed)
-    words = "the lord said unto moses go speak to pharaoh and let my people serve in wilderness of sinai".split()
+    words = [
+        "the",
+        "lord",
+        "said",
+        "unto",
+        "moses",
+        "go",
+        "speak",
+        "to",
+        "pharaoh",
+        "and",
+        "let",
+        "my",
+        "people",
+        "serve",
+        "in",
+        "wilderness",
+        "of",
+        "sinai",
+    ]
     return "".join(" ".join(rng.choice(words) for _ in range(12)) + "\n" for _ in range(lines))
 
 

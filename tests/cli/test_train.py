@@ -144,7 +144,7 @@ FAULTS = {
         "model.transformer.d_model is 16 in the checkpoint, 32 in the config",
     ),
     "a truncated checkpoint": (["--ckpt_path", "cut.ckpt"], "cut.ckpt is damaged or no checkpoint"),
-    "a pickle that runs code": (["--ckpt_path", "evil.ckpt"], "evil.ckpt holds more than tensors and plain values"),
+    "a pickle that runs code": (["--ckpt_path", "evil.ckpt"], "evil.ckpt is no checkpoint, or holds more than"),
     "another tokenizer": (["--ckpt_path", "good.ckpt", "--data.source.path", "other.txt"], "another tokenizer"),
     "no steps": (["--trainer.max_steps", "-1"], "trainer.max_steps: must be positive"),
     "a bad run name": (["--run.name", "a/b"], "run.name: use letters"),

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from frugal.tracking.run_folder import RunConfig, RunFolder
 
 log = logging.getLogger(__name__)
+INIT_TIMEOUT = FINISH_TIMEOUT = 20  # seconds that a run waits for the W&B server, at its start and at its end
 
 
 class MetricsFile(Logger):
@@ -83,7 +84,12 @@ class SafeWandbLogger(WandbLogger):
             resume="allow",
             mode=wandb_mode(config),
             settings=wandb.Settings(
-                silent=True, console="off", init_timeout=20, finish_timeout=20, disable_git=False, x_disable_stats=True
+                silent=True,
+                console="off",
+                init_timeout=INIT_TIMEOUT,
+                finish_timeout=FINISH_TIMEOUT,
+                disable_git=False,
+                x_disable_stats=True,
             ),
         )
         self._wandb_init.pop("anonymous", None)  # wandb no longer knows it and would warn
@@ -92,6 +98,8 @@ class SafeWandbLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The wandb run, made on first use; offline if the server does not answer."""
+        import wandb
+
         make: Callable[[SafeWandbLogger], Any] = WandbLogger.experiment.fget  # type: ignore[attr-defined]
         try:
             return make(self)
@@ -100,6 +108,7 @@ class SafeWandbLogger(WandbLogger):
                 raise
             log.warning("W&B cannot be reached (%s): logging offline; `wandb sync` sends the run later", error)
             self._wandb_init["mode"] = "offline"
+            wandb.teardown()  # the failed attempt would go on holding the run's id
             return make(self)
 
     def _never_raise(self, action: Callable[[], Any]) -> None:
