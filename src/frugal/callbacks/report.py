@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,14 @@ class RunReport(pl.Callback):
                 if url:
                     paths["W&B"] = url
                 elif logger.files:
-                    paths["W&B"] = f"offline; send it with: wandb sync {_shown(logger.files)}"
-        paths["go on with"] = f"frugal generate {_shown(folder.checkpoints / 'best.ckpt')} --prompt '...'"
+                    paths["W&B"] = f"offline; send it with: {_program('wandb')} sync {_shown(logger.files)}"
+        paths["go on with"] = f"{_program('frugal')} generate {_shown(folder.path)} --prompt '...'"
         print_card(f"{folder.path.parent.name} {folder.id}", summary, paths)
+
+
+def _program(name: str) -> str:
+    """The program as it can be called from here: by name, or by path when its environment is not active."""
+    return name if shutil.which(name) else _shown(Path(sys.executable).parent / name)
 
 
 def _shown(path: Path) -> str:

@@ -70,14 +70,14 @@ class KingJames(Source):
 
 
 class LocalText(Source):
-    """Your own text: .txt (one document a file), .jsonl or .parquet (one a row); a file, a folder or a glob.
+    """Your own text: .txt or .md (one document a file), .jsonl or .parquet (one a row); a file, a folder or a glob.
 
     Args:
-        path: file, folder (searched for the three suffixes) or glob pattern.
+        path: file, folder (searched for these suffixes) or glob pattern.
         text_key: field or column that holds the text of a .jsonl or .parquet row.
     """
 
-    SUFFIXES = (".txt", ".jsonl", ".parquet")
+    SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
     def __init__(self, path: str, text_key: str = "text") -> None:
         self.path, self.text_key = path, text_key
@@ -104,7 +104,12 @@ class LocalText(Source):
 
     def documents(self) -> Iterator[str]:
         """Every non-empty document, files in sorted order."""
-        readers = {".txt": self._read_text, ".jsonl": self._read_jsonl, ".parquet": self._read_parquet}
+        readers = {
+            ".txt": self._read_text,
+            ".md": self._read_text,
+            ".jsonl": self._read_jsonl,
+            ".parquet": self._read_parquet,
+        }
         for file in self._files():
             yield from (document for document in readers[file.suffix](file) if document.strip())
 

@@ -63,7 +63,8 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
             )
         )
     if summary.get("sample"):
-        rows.append(("sample", summary["sample"]))
+        # A young model may write control characters, which a terminal would obey.
+        rows.append(("sample", "".join(c if c.isprintable() or c == "\n" else "·" for c in summary["sample"]).strip()))
     return rows + list(paths.items())
 
 

@@ -1,0 +1,39 @@
+"""Every shipped YAML is parsed, and every model in it is built on the meta device."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+
+import frugal.cli.train as cli
+from frugal.model.transformer import Transformer
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [None, *EXPERIMENTS], ids=lambda path: path.stem if path else "base")
+def test_shipped_configs_parse_and_build(path: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    built = []
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, name: built.append(self))
+    cli.main(["fit", *(["--config", str(path)] if path else [])])
+    (made,) = built
+    with torch.device("meta"):
+        model = Transformer(made.model.config)
+    assert sum(p.numel() for p in model.parameters()) > 100_000
+    assert made.model.config.vocab_size == made.datamodule.tokenizer_config.vocab_size
+    assert made.model.config.max_seq_len == made.datamodule.seq_len
+    if path:
+        assert made.run_config.name == path.stem
+        assert made.trainer.default_root_dir.startswith(f"runs/{path.stem}/")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_open_with_a_header(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Question:", "Command:", "Time:", "Result:"):
+        assert any(line.startswith(f"# {word}") for line in header), f"{path.name} lacks {word}"
+    assert f"python train.py fit --config configs/experiments/{path.name}" in "\n".join(header)
