@@ -115,6 +115,24 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(train: Train, extra: tu
     assert (cut / "metrics.jsonl").read_text() == before and same_weights(whole, cut)
 
 
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(project: Path) -> None:
+    """DDP over two processes sees the same global batches: losses, loads and weights agree up to rounding."""
+    train_py = str(Path(__file__).parents[2] / "train.py")
+    two = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    folders = []
+    for name, args in (("one", ["--data.batch_size", "8"]), ("two", two)):
+        command = [sys.executable, train_py, "fit", "--config", "tiny.yaml", "--run.name", name, *args]
+        subprocess.run(command, check=True, capture_output=True, cwd=project)
+        folders.append(next(Path("runs", name).iterdir()))
+    states = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for folder in folders]
+    for key in states[0]:
+        torch.testing.assert_close(states[0][key], states[1][key], atol=1e-6, rtol=1e-5, msg=key)
+    for one, other in zip(history(folders[0]), history(folders[1]), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert read_lines(folders[0] / "expert_load.jsonl") == read_lines(folders[1] / "expert_load.jsonl")
+
+
 def test_validate_and_predict_agree_with_the_run(train: Train) -> None:
     folder = train("fit")
     train("validate", "--ckpt_path", "last")

@@ -186,6 +186,8 @@ def main(args: list[str] | None = None) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # The validation metric is reduced over ranks by torchmetrics before it is logged.
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")
     warnings.filterwarnings("ignore", ".*custom batch sampler.*for prediction.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     # Our sampler starts at the trainer's step, so the loader needs no state of its own.
