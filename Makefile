@@ -20,7 +20,7 @@ train: setup ## train the embedded default: a small MoE on the King James Bible 
 	@$(BIN)/python train.py fit
 
 test: setup ## run the whole test suite
-	@$(BIN)/python -m pytest -n auto
+	@$(BIN)/python -m pytest -n auto --nbmake tests notebooks
 
 check: setup ## lint, formatting and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
