@@ -78,29 +78,43 @@ def history(folder: Path) -> list[dict]:
     ]
 
 
+# A run that ends by SIGKILL at the end of its 7th step, or in the middle of the validation after its 8th.
 KILLER = """
 import os, signal, sys
-import lightning.pytorch as pl
-class Killer(pl.Callback):
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == 8:
-            os.kill(os.getpid(), signal.SIGKILL)
 import frugal.callbacks.routing as routing
-original = routing.RoutingMonitor.on_train_batch_end
-def patched(self, trainer, *args):
-    original(self, trainer, *args)
-    Killer().on_train_batch_end(trainer)
-routing.RoutingMonitor.on_train_batch_end = patched
+from frugal.training.language_model import LanguageModel
+def kill(when):
+    if when:
+        os.kill(os.getpid(), signal.SIGKILL)
+step_end, val_end = routing.RoutingMonitor.on_train_batch_end, LanguageModel.on_validation_epoch_end
+def on_step_end(self, trainer, *args):
+    step_end(self, trainer, *args)
+    kill(sys.argv[1] == "step" and trainer.global_step == 7)
+def on_val_end(self):
+    kill(sys.argv[1] == "validation" and self.trainer.global_step == 8)
+    val_end(self)
+routing.RoutingMonitor.on_train_batch_end, LanguageModel.on_validation_epoch_end = on_step_end, on_val_end
 from frugal.cli.train import main
-main(["fit", "--config", "tiny.yaml", "--run.name", "cut", *sys.argv[1:]])
+main(["fit", "--config", "tiny.yaml", "--run.name", "cut", *sys.argv[2:]])
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [(), ("--trainer.accumulate_grad_batches", "2", "--data.num_workers", "1")], ids=str)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(train: Train, extra: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("moment", "extra"),
+    [
+        ("step", ()),
+        ("validation", ()),
+        (
+            "step",
+            ("--trainer.accumulate_grad_batches", "2", "--data.num_workers", "1", "--trainer.val_check_interval", "8"),
+        ),
+    ],
+    ids=str,
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(train: Train, moment: str, extra: tuple[str, ...]) -> None:
     whole = train("fit", "--run.name", "whole", *extra)
-    assert subprocess.run([sys.executable, "-c", KILLER, *extra], capture_output=True).returncode == -9
+    assert subprocess.run([sys.executable, "-c", KILLER, moment, *extra], capture_output=True).returncode == -9
     cut = train("fit", "--run.name", "cut", "--ckpt_path", "last", *extra)
     assert len(list(Path("runs/cut").iterdir())) == 1  # the same folder
     assert same_weights(whole, cut)

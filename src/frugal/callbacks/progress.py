@@ -16,8 +16,8 @@ class Progress(RichProgressBar):
     """Steps done, time left, loss and tokens/s."""
 
     def __init__(self) -> None:
-        super().__init__(leave=True)
-        self._seconds_at_start: float | None = None
+        # Showing the loss waits for the device, so not at every step.
+        super().__init__(refresh_rate=5, leave=True)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """A live bar makes sense on a terminal only."""

@@ -63,6 +63,11 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save every n steps; where a validation is due, after it, so that a crash inside it does not skip it."""
+        if not _validation_is_due(trainer):
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what the validation logged, too."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -72,6 +77,13 @@ class LastCheckpoint(ModelCheckpoint):
         """Save the final state, unless it lies on the disk already."""
         if self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _validation_is_due(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer validates right after the batch that just ended (for intervals counted in batches)."""
+    every = trainer.val_check_batch
+    done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return trainer.enable_validation and isinstance(every, int) and every > 0 and done % every == 0
 
 
 def best_checkpoint() -> ModelCheckpoint:

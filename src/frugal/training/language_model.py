@@ -136,7 +136,8 @@ class LanguageModel(pl.LightningModule):
         total_steps = self.trainer.max_steps
         if total_steps <= 0:
             raise UserError("trainer.max_steps: must be positive; schedules are functions of the step")
-        optimizer = build_optimizer(self.model, self.optimizer_config)
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = build_optimizer(self.model, self.optimizer_config, fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -44,7 +44,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """The optimizer over all parameters of `model`."""
+def build_optimizer(model: nn.Module, config: AdamWConfig, fused: bool = True) -> torch.optim.AdamW:
+    """The optimizer over all parameters of `model`.
+
+    Args:
+        fused: one kernel for all parameters. Under float16 with a gradient scaler it must be off: the fused step
+            unscales the gradients itself, too late for clipping.
+    """
     groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
