@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -18,6 +19,8 @@ from frugal.tracking.card import print_card
 from frugal.tracking.plots import draw_run
 from frugal.tracking.run_folder import RunFolder
 from frugal.training.loggers import SafeWandbLogger
+
+log = logging.getLogger(__name__)
 
 
 class RunReport(pl.Callback):
@@ -45,6 +48,17 @@ class RunReport(pl.Callback):
                     paths["W&B"] = f"offline; send it with: {_program('wandb')} sync {_shown(logger.files)}"
         paths["go on with"] = f"{_program('frugal')} generate {_shown(folder.path)} --prompt '...'"
         print_card(f"{folder.path.parent.name} {folder.id}", summary, paths)
+
+    @rank_zero_only
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """After Ctrl-C, say how to go on."""
+        if isinstance(exception, KeyboardInterrupt):
+            saved = max((c._last_global_step_saved for c in trainer.checkpoint_callbacks), default=0)
+            log.warning(
+                "interrupted at step %d; %s",
+                trainer.global_step,
+                f"--ckpt_path last goes on from step {saved}" if saved else "nothing was saved yet",
+            )
 
 
 def _program(name: str) -> str:
