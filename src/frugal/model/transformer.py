@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from frugal.model.attention import Attention, KVCache, rotary_table
 from frugal.model.config import TransformerConfig
-from frugal.model.moe import Experts, MoE, Router, SwiGLU
+from frugal.model.experts import Experts
+from frugal.model.moe import MoE, Router, SwiGLU
 
 
 class Block(nn.Module):
