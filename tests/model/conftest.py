@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
-from frugal.model.config import AttentionConfig, MoEConfig, TransformerConfig
+from frugal.model.config import AttentionConfig, LatentConfig, MoEConfig, TransformerConfig
 
 
 @pytest.fixture
@@ -16,3 +18,10 @@ def tiny() -> TransformerConfig:
         max_seq_len=32,
         init_std=0.2,
     )
+
+
+@pytest.fixture
+def tiny_latent(tiny: TransformerConfig) -> TransformerConfig:
+    """The same with latent attention and a latent for the queries too."""
+    latent = LatentConfig(kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
+    return replace(tiny, attention=AttentionConfig(n_heads=4, latent=latent))

@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary embeddings and a key/value cache.
+"""Grouped-query attention with rotary embeddings.
 
 Shape letters: B batch, T tokens of this call, S tokens seen so far (cache included), H query heads, G key/value
 heads, C width of a head, D d_model.
@@ -10,45 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frugal.model.cache import KVCache, causal_mask
 from frugal.model.config import TransformerConfig
-
-
-def rotary_table(
-    head_dim: int, seq_len: int, theta: float, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (Su et al. 2021), float32, each of shape [seq_len, head_dim / 2]."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
-
-
-def apply_rotary(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Rotate pairs (i, i + C/2) by their position's angle: the half-split layout that Hugging Face uses."""
-    first, second = x_BHTC.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos_TC - second * sin_TC, second * cos_TC + first * sin_TC), dim=-1)
-    return rotated.to(x_BHTC.dtype)
-
-
-class KVCache:
-    """Keys and values of one attention layer during generation, grown in place.
-
-    Args:
-        batch_size, n_kv_heads, max_len, head_dim: the buffers have shape [B, G, max_len, C].
-    """
-
-    def __init__(
-        self, batch_size: int, n_kv_heads: int, max_len: int, head_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        shape = (batch_size, n_kv_heads, max_len, head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0
-
-    def append(self, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions and return all keys and values so far, each [B, G, S, C]."""
-        start, self.length = self.length, self.length + k_BGTC.shape[2]
-        self.keys[:, :, start : self.length] = k_BGTC
-        self.values[:, :, start : self.length] = v_BGTC
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+from frugal.model.rope import apply_rotary
 
 
 class Attention(nn.Module):
@@ -87,16 +51,19 @@ class Attention(nn.Module):
         q_BHTC = apply_rotary(self._heads(self.wq(x_BTD), self.q_norm if normed else None), *rotary)
         k_BGTC = apply_rotary(self._heads(self.wk(x_BTD), self.k_norm if normed else None), *rotary)
         v_BGTC = self._heads(self.wv(x_BTD), None)
-        mask = None
+        mask_TS = None
         causal = True
         if cache is not None:
             k_BGTC, v_BGTC = cache.append(k_BGTC, v_BGTC)
             new, seen = q_BHTC.shape[2], k_BGTC.shape[2]
             causal = new == seen
-            if not causal and new > 1:
-                mask = torch.ones(new, seen, dtype=torch.bool, device=x_BTD.device).tril(seen - new)
+            mask_TS = causal_mask(new, seen, x_BTD.device)
         if self.n_kv_heads != self.n_heads:
             repeats = self.n_heads // self.n_kv_heads
             k_BGTC, v_BGTC = (x.repeat_interleave(repeats, dim=1) for x in (k_BGTC, v_BGTC))
-        out_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, attn_mask=mask, is_causal=causal)
+        out_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, attn_mask=mask_TS, is_causal=causal)
         return self.wo(out_BHTC.transpose(1, 2).flatten(2))
+
+    def new_cache(self, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+        """An empty cache of keys and values, each [B, G, max_len, C]."""
+        return KVCache([(self.n_kv_heads, self.head_dim)] * 2, batch_size, max_len, device, dtype)

@@ -5,10 +5,35 @@ Defaults here are neutral (a technique is off); `configs/base.yaml` holds the ch
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from frugal.errors import UserError
+from frugal.model.counts import (
+    Counts,
+    Flops,
+    StateMemory,
+    count_parameters,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+    state_memory,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "Counts",
+    "Flops",
+    "LatentConfig",
+    "MoEConfig",
+    "StateMemory",
+    "TransformerConfig",
+    "YarnConfig",
+    "count_parameters",
+    "flops_per_token",
+    "kv_cache_bytes_per_token",
+    "state_memory",
+]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -17,8 +42,84 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """A longer context by YaRN (Peng et al. 2023, arXiv 2309.00071), with DeepSeek's two extra exponents.
+
+    Args:
+        factor: how many times longer than the original context.
+        original_max_seq_len: context before the extension, in tokens.
+        beta_fast: frequencies that turn more often than this in the original context stay as they are.
+        beta_slow: frequencies that turn less often than this are divided by factor.
+        mscale: with mscale_all_dim, weight of the temperature correction on the rotated part (DeepSeek).
+        mscale_all_dim: weight of the temperature correction on the whole head; in latent attention it scales the
+            softmax, since only a part of each head is rotated (DeepSeek). 0 is off.
+        attention_factor: factor on the rotated queries and keys; null derives it from factor and the two above.
+    """
+
+    factor: float
+    original_max_seq_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        key = "model.transformer.attention.rope_scaling"
+        _require(self.factor >= 1, f"{key}.factor: must be at least 1, got {self.factor}")
+        _require(self.original_max_seq_len > 0, f"{key}.original_max_seq_len: must be positive")
+        _require(
+            self.beta_fast >= self.beta_slow > 0,
+            f"{key}.beta_fast: must be at least beta_slow ({self.beta_slow}), both positive, got {self.beta_fast}",
+        )
+
+    def _temperature(self, weight: float) -> float:
+        return 0.1 * weight * math.log(self.factor) + 1.0
+
+    @property
+    def rotary_scale(self) -> float:
+        """Factor on cosines and sines: 0.1 ln(factor) + 1 (eq. 15 there) unless the exponents say otherwise."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
+        return self._temperature(1.0)
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on latent attention's logits, on top of 1 / sqrt(width)."""
+        return self._temperature(self.mscale_all_dim) ** 2
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values from a small latent.
+
+    Args:
+        kv_lora_rank: width of the latent from which all heads' keys and values are made.
+        q_lora_rank: width of the queries' own latent; null projects queries directly.
+        qk_nope_head_dim: part of a query/key head without position.
+        qk_rope_head_dim: rotated part of a query/key head; the key's is shared by all heads.
+        v_head_dim: width of a value head.
+    """
+
+    kv_lora_rank: int
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+    def __post_init__(self) -> None:
+        key = "model.transformer.attention.latent"
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            _require(getattr(self, name) > 0, f"{key}.{name}: must be positive, got {getattr(self, name)}")
+        _require(self.q_lora_rank is None or self.q_lora_rank > 0, f"{key}.q_lora_rank: must be positive or null")
+        _require(self.qk_rope_head_dim % 2 == 0, f"{key}.qk_rope_head_dim: must be even for rotary embeddings")
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
-    """Grouped-query attention (Ainslie et al. 2023) with rotary embeddings (Su et al. 2021).
+    """Causal attention with rotary embeddings (Su et al. 2021): grouped-query (Ainslie et al. 2023) or latent.
 
     Args:
         n_heads: query heads.
@@ -26,6 +127,8 @@ class AttentionConfig:
         head_dim: width of one head; null means d_model / n_heads.
         qk_norm: RMS-normalise queries and keys: none, per head, or over all heads at once (full).
         rope_theta: base of the rotary frequencies.
+        rope_scaling: YaRN, for contexts longer than the model was trained on; null is off.
+        latent: multi-head latent attention instead of grouped-query attention; it sets its own head widths.
     """
 
     n_heads: int
@@ -33,6 +136,8 @@ class AttentionConfig:
     head_dim: int | None = None
     qk_norm: Literal["none", "head", "full"] = "none"
     rope_theta: float = 10_000.0
+    rope_scaling: YarnConfig | None = None
+    latent: LatentConfig | None = None
 
     def __post_init__(self) -> None:
         key = "model.transformer.attention"
@@ -41,6 +146,14 @@ class AttentionConfig:
             self.n_heads % self.kv_heads == 0,
             f"{key}.n_kv_heads: {self.kv_heads} does not divide n_heads ({self.n_heads})",
         )
+        if self.latent:
+            # An overlay on a grouped-query config keeps that config's keys: say which one to reset.
+            for name, neutral in (("n_kv_heads", None), ("head_dim", None), ("qk_norm", "none")):
+                value = getattr(self, name)
+                _require(
+                    value == neutral,
+                    f"{key}.{name}: means nothing beside {key}.latent; set it to {neutral or 'null'}, got {value}",
+                )
 
     @property
     def kv_heads(self) -> int:
@@ -56,21 +169,37 @@ class MoEConfig:
         n_experts: routed experts per layer.
         top_k: routed experts that each token uses.
         d_expert: hidden width of one expert.
-        n_shared_experts: experts that every token uses (built as one SwiGLU of that many times d_expert).
+        n_shared_experts: experts that every token uses (built as one SwiGLU of that many times their width).
+        d_shared_expert: hidden width of one shared expert; null means d_expert.
         first_k_dense: the first layers keep a dense feed-forward.
         score: how router logits become scores (sigmoid as in DeepSeek-V3, softmax as in OLMoE and Qwen3).
         normalize_weights: make the chosen experts' weights sum to one.
         routed_scaling: factor on the routed experts' weights.
+        n_group: the experts lie in this many equal groups, and a token may use only the best topk_group of them
+            (DeepSeek-V3, section 2.1.2, to bound the machines a token visits); 1 is off.
+        topk_group: groups that each token may use.
+        group_score: how a group is scored: by the sum of its two best experts (DeepSeek-V3) or its best (DeepSeek-V2).
+        sequence_loss_coef: weight of the balance loss within each sequence (DeepSeek-V3, eq. 17-20); 0 is off.
+        global_loss_coef: weight of the balance loss over all tokens of the optimizer step on this device (Fedus et
+            al. 2021; Qiu et al. 2025); 0 is off.
+        z_loss_coef: weight of the squared log-partition of the router's logits (Zoph et al. 2022, eq. 5); 0 is off.
     """
 
     n_experts: int
     top_k: int
     d_expert: int
     n_shared_experts: int = 0
+    d_shared_expert: int | None = None
     first_k_dense: int = 0
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     normalize_weights: bool = True
     routed_scaling: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: Literal["top2", "max"] = "top2"
+    sequence_loss_coef: float = 0.0
+    global_loss_coef: float = 0.0
+    z_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         key = "model.transformer.moe"
@@ -82,6 +211,33 @@ class MoEConfig:
         _require(self.d_expert > 0, f"{key}.d_expert: must be positive, got {self.d_expert}")
         _require(self.n_shared_experts >= 0, f"{key}.n_shared_experts: must not be negative")
         _require(self.first_k_dense >= 0, f"{key}.first_k_dense: must not be negative")
+        _require(
+            self.d_shared_expert is None or self.d_shared_expert > 0, f"{key}.d_shared_expert: must be positive or null"
+        )
+        _require(
+            self.n_group > 0 and self.n_experts % self.n_group == 0,
+            f"{key}.n_group: {self.n_group} does not divide n_experts ({self.n_experts})",
+        )
+        per_group = self.n_experts // self.n_group
+        _require(
+            0 < self.topk_group <= self.n_group,
+            f"{key}.topk_group: must lie between 1 and n_group ({self.n_group}), got {self.topk_group}",
+        )
+        _require(
+            self.top_k <= self.topk_group * per_group,
+            f"{key}.topk_group: {self.topk_group} groups of {per_group} experts are fewer than top_k ({self.top_k})",
+        )
+        _require(
+            self.n_group == 1 or self.group_score == "max" or per_group > 1,
+            f"{key}.group_score: top2 needs at least two experts per group",
+        )
+        for name in ("sequence_loss_coef", "global_loss_coef", "z_loss_coef"):
+            _require(getattr(self, name) >= 0, f"{key}.{name}: must not be negative, got {getattr(self, name)}")
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of all shared experts together."""
+        return self.n_shared_experts * (self.d_shared_expert or self.d_expert)
 
 
 @dataclass(frozen=True)
@@ -117,6 +273,8 @@ class TransformerConfig:
         key = "model.transformer"
         for name in ("vocab_size", "d_model", "n_layers", "d_ff", "max_seq_len"):
             _require(getattr(self, name) > 0, f"{key}.{name}: must be positive, got {getattr(self, name)}")
+        if self.attention.latent:
+            return
         heads = self.attention.n_heads
         _require(
             self.attention.head_dim is not None or self.d_model % heads == 0,
@@ -126,8 +284,13 @@ class TransformerConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head after the default is filled in."""
+        """Width of one grouped-query head after the default is filled in (latent heads have their own widths)."""
         return self.attention.head_dim or self.d_model // self.attention.n_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """How much of each query and key head is rotated."""
+        return self.attention.latent.qk_rope_head_dim if self.attention.latent else self.head_dim
 
     @property
     def n_moe_layers(self) -> int:
@@ -138,87 +301,11 @@ class TransformerConfig:
     def from_dict(values: dict[str, Any]) -> TransformerConfig:
         """Rebuild a config from `dataclasses.asdict`, as checkpoints store it."""
         values = dict(values)
-        values["attention"] = AttentionConfig(**values["attention"])
+        attention = dict(values["attention"])
+        for name, kind in (("latent", LatentConfig), ("rope_scaling", YarnConfig)):
+            if attention.get(name):
+                attention[name] = kind(**attention[name])
+        values["attention"] = AttentionConfig(**attention)
         if values.get("moe"):
             values["moe"] = MoEConfig(**values["moe"])
         return TransformerConfig(**values)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Parameters of a transformer.
-
-    `active` counts what one token uses, in the field's three conventions: with all embeddings, without the input
-    embedding, and without both embedding and output head.
-    """
-
-    total: int
-    active: int
-    active_without_input_embedding: int
-    active_without_embeddings: int
-
-
-def _attention_parameters(config: TransformerConfig) -> int:
-    attention, d_head = config.attention, config.head_dim
-    d_q, d_kv = attention.n_heads * d_head, attention.kv_heads * d_head
-    norms = {"none": 0, "head": 2 * d_head, "full": d_q + d_kv}[attention.qk_norm]
-    return config.d_model * (d_q + 2 * d_kv) + d_q * config.d_model + norms
-
-
-def count_parameters(config: TransformerConfig) -> Counts:
-    """Count parameters from the config alone; tests hold it against built models."""
-    d = config.d_model
-    norms = 2 * d
-    dense = 3 * d * config.d_ff
-    total = active = config.n_layers * (_attention_parameters(config) + norms) + d
-    total += (config.n_layers - config.n_moe_layers) * dense
-    active += (config.n_layers - config.n_moe_layers) * dense
-    if config.moe:
-        moe = config.moe
-        expert = 3 * d * moe.d_expert
-        common = moe.n_shared_experts * expert + moe.n_experts * d  # shared experts and router
-        total += config.n_moe_layers * (common + moe.n_experts * expert)
-        active += config.n_moe_layers * (common + moe.top_k * expert)
-    embedding = config.vocab_size * d
-    head = 0 if config.tie_embeddings else embedding
-    return Counts(
-        total=total + embedding + head,
-        active=active + embedding + head,
-        # A tied table still works as the head, so only its role as a look-up is left out.
-        active_without_input_embedding=active + embedding,
-        active_without_embeddings=active,
-    )
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations per token at one sequence length (a multiply-add counts as two)."""
-
-    forward: float
-    backward: float
-
-    @property
-    def training(self) -> float:
-        """Forward and backward together."""
-        return self.forward + self.backward
-
-
-def flops_per_token(config: TransformerConfig, seq_len: int) -> Flops:
-    """FLOPs of one token in a training step, matrix products only.
-
-    Every weight that multiplies a token costs 2 FLOPs forward and 4 backward (gradients of input and of weight):
-    2 N and 4 N with N the active parameters without the input embedding (Kaplan et al. 2020, section 2.1), less the
-    norms, which are no matrix products. Causal attention adds, per layer and token, the products of queries with
-    keys and of probabilities with values over (seq_len + 1) / 2 positions on average: 4 n_heads head_dim per
-    position forward and twice that backward (Dao 2023 counts the causal half likewise).
-    """
-    attention, d_head = config.attention, config.head_dim
-    norm_per_layer = 2 * config.d_model + {"none": 0, "head": 2 * d_head}.get(
-        attention.qk_norm, (attention.n_heads + attention.kv_heads) * d_head
-    )
-    weights = (
-        count_parameters(config).active_without_input_embedding - config.n_layers * norm_per_layer - config.d_model
-    )
-    scores = config.n_layers * 4 * attention.n_heads * d_head * (seq_len + 1) / 2
-    forward = 2 * weights + scores
-    return Flops(forward=forward, backward=2 * forward)

@@ -10,10 +10,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from frugal.model.attention import Attention, KVCache, rotary_table
+from frugal.model.attention import Attention
+from frugal.model.cache import KVCache
 from frugal.model.config import TransformerConfig
 from frugal.model.experts import Experts
+from frugal.model.latent_attention import LatentAttention
 from frugal.model.moe import MoE, Router, SwiGLU
+from frugal.model.rope import rotary_table
 
 
 class Block(nn.Module):
@@ -22,7 +25,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = LatentAttention(config) if config.attention.latent else Attention(config)
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         is_moe = config.moe is not None and layer >= config.moe.first_k_dense
         self.ffn: nn.Module = MoE(config) if is_moe else SwiGLU(config.d_model, config.d_ff)
@@ -48,7 +51,8 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        cos, sin = rotary_table(config.head_dim, config.max_seq_len, config.attention.rope_theta)
+        attention = config.attention
+        cos, sin = rotary_table(config.rotary_dim, config.max_seq_len, attention.rope_theta, attention.rope_scaling)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         if self.embedding.weight.device.type != "meta":
@@ -69,13 +73,10 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids_BT, caches))
 
     def new_caches(self, batch_size: int, max_len: int) -> list[KVCache]:
-        """One empty key/value cache per block, for at most `max_len` positions."""
+        """One empty cache per block, for at most `max_len` positions."""
         weight = self.embedding.weight
-        config = self.config
-        return [
-            KVCache(batch_size, config.attention.kv_heads, max_len, config.head_dim, weight.device, weight.dtype)
-            for _ in self.blocks
-        ]
+        layers: list[Attention | LatentAttention] = [block.attention for block in self.blocks]  # type: ignore[misc]
+        return [layer.new_cache(batch_size, max_len, weight.device, weight.dtype) for layer in layers]
 
     def moe_layers(self) -> dict[int, MoE]:
         """The mixtures by the index of their block."""
@@ -102,7 +103,7 @@ def init_weights(model: Transformer) -> None:
             nn.init.normal_(module.w13, std=std)
             nn.init.normal_(module.w2, std=std_out)
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention | LatentAttention):
             nn.init.normal_(module.wo.weight, std=std_out)
         elif isinstance(module, SwiGLU):
             nn.init.normal_(module.w2.weight, std=std_out)
