@@ -7,7 +7,8 @@ from torch import Tensor
 
 from frugal.errors import UserError
 from frugal.model.config import MoEConfig, TransformerConfig
-from frugal.model.moe import MoE, Router
+from frugal.model.moe import MoE
+from frugal.model.router import Router
 
 
 def build(config: TransformerConfig, **changes: object) -> MoE:
@@ -78,6 +79,14 @@ def test_an_expert_without_tokens_gets_no_gradient_and_harms_nobody(tiny: Transf
     torch.testing.assert_close(out, loop_over_experts(moe, x), atol=1e-5, rtol=1e-5)
     assert moe.load.tolist() == [0] * 6 + [18, 18]
     assert moe.experts.w13.grad is not None and moe.experts.w13.grad[:6].abs().max() == 0
+
+
+def test_shared_experts_may_have_their_own_width(tiny: TransformerConfig) -> None:
+    torch.manual_seed(0)
+    moe = build(tiny, n_shared_experts=2, d_shared_expert=5)
+    assert moe.shared_experts is not None and moe.shared_experts.w2.weight.shape == (32, 10)
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(moe(x), loop_over_experts(moe, x), atol=1e-5, rtol=1e-5)
 
 
 def test_bias_changes_the_choice_but_not_the_weights(tiny: TransformerConfig) -> None:

@@ -1,5 +1,6 @@
 """The loss is a mean over the step's valid tokens, however the step is cut up."""
 
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -55,9 +56,9 @@ class Spy(pl.Callback):
         self.load = module.model.moe_layers()[1].load.clone()
 
 
-def one_step(micro_batch: int, accumulate: int) -> tuple[LanguageModel, Spy, float]:
+def one_step(micro_batch: int, accumulate: int, config: TransformerConfig = CONFIG) -> tuple[LanguageModel, Spy, float]:
     torch.manual_seed(0)
-    module = LanguageModel(CONFIG, AdamWConfig(), WarmupStableDecay())
+    module = LanguageModel(config, AdamWConfig(), WarmupStableDecay())
     module.configure_model()
     module.train()
     spy = Spy()
@@ -105,6 +106,55 @@ def test_accumulation_does_not_change_the_gradients(micro_batch: int, accumulate
         torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=1e-5, msg=name)
     assert spy.load.sum() == 8 * 12 * 2  # every position of every micro-batch, top_k times
     assert module.model is not None and module.model.moe_layers()[1].load.sum() == 0  # cleared after the step
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulate"), [(8, 1), (1, 8), (2, 4)])
+def test_router_losses_are_per_position_however_the_step_is_cut_up(micro_batch: int, accumulate: int) -> None:
+    assert CONFIG.moe
+    config = replace(CONFIG, moe=replace(CONFIG.moe, sequence_loss_coef=0.3, z_loss_coef=0.1))
+    torch.manual_seed(0)
+    module = LanguageModel(config, AdamWConfig(), WarmupStableDecay())
+    module.configure_model()
+    module.train()
+    assert module.model is not None
+    data = Sequences(8)
+    nats = F.cross_entropy(module(data.ids).flatten(0, 1), data.labels.flatten(), ignore_index=-100, reduction="sum")
+    router_loss = module.model.take_router_loss()
+    assert router_loss is not None and module.model.take_router_loss() is None
+    ((nats + router_loss * data.labels.numel()) / (data.labels != -100).sum()).backward()
+    trained, spy, loss = one_step(micro_batch, accumulate, config)
+    assert loss == pytest.approx(nats.item() / (data.labels != -100).sum().item(), abs=1e-5)  # train/loss is the text's
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(spy.grads[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
+    plain, _ = plain_gradients()
+    assert (
+        spy.grads["model.blocks.1.ffn.router.weight"] - plain["model.blocks.1.ffn.router.weight"]
+    ).abs().max() > 1e-3
+
+
+def test_the_balance_loss_of_the_step_counts_earlier_micro_batches() -> None:
+    assert CONFIG.moe
+    config = replace(CONFIG, moe=replace(CONFIG.moe, global_loss_coef=1.0))
+    torch.manual_seed(0)
+    module = LanguageModel(config, AdamWConfig(), WarmupStableDecay())
+    module.configure_model()
+    module.train()
+    assert module.model is not None
+    data = Sequences(4)
+    moe = module.model.moe_layers()[1]
+    losses = []
+    for ids in data.ids.split(4):
+        hidden: list[Tensor] = []
+        handle = moe.register_forward_pre_hook(lambda _, args, seen=hidden: seen.append(args[0].flatten(0, 1)))
+        module(ids)
+        handle.remove()
+        share = moe.router.logits(hidden[0]).sigmoid()
+        share = (share / share.sum(dim=1, keepdim=True)).mean(dim=0)
+        losses.append(module.model.take_router_loss())
+        # Every position uses two experts, so the fractions so far are the loads over twice the positions so far.
+        expected = 4 * (moe.load / (2 * 12 * 4 * len(losses)) * share).sum()
+        torch.testing.assert_close(losses[-1], expected)
+    assert moe.load.sum() == 2 * 12 * 8
 
 
 def test_every_parameter_is_in_one_group_and_vectors_do_not_decay() -> None:

@@ -235,6 +235,11 @@ class MoEConfig:
             _require(getattr(self, name) >= 0, f"{key}.{name}: must not be negative, got {getattr(self, name)}")
 
     @property
+    def has_router_loss(self) -> bool:
+        """Whether any loss on the router is switched on."""
+        return bool(self.sequence_loss_coef or self.global_loss_coef or self.z_loss_coef)
+
+    @property
     def shared_width(self) -> int:
         """Hidden width of all shared experts together."""
         return self.n_shared_experts * (self.d_shared_expert or self.d_expert)

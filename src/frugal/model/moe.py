@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frugal.model.config import TransformerConfig
-from frugal.model.experts import Experts, Routing
+from frugal.model.experts import Experts
+from frugal.model.router import Router, router_loss
 
 
 class SwiGLU(nn.Module):
@@ -27,41 +28,11 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class Router(nn.Module):
-    """Scores every expert for every token and keeps the top_k, always in float32.
-
-    `expert_bias` is added to the scores for the choice only, never to the weights: raising an idle expert's bias
-    brings it tokens without an auxiliary loss (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, section 2.1.2).
-    It is moved once per optimizer step from outside (`frugal.callbacks.expert_bias`), so accumulation stays right.
-    """
-
-    expert_bias: Tensor
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        assert config.moe is not None
-        moe = config.moe
-        self.top_k, self.score = moe.top_k, moe.score
-        self.normalize_weights, self.routed_scaling = moe.normalize_weights, moe.routed_scaling
-        self.weight = nn.Parameter(torch.empty(moe.n_experts, config.d_model))
-        self.register_buffer("expert_bias", torch.zeros(moe.n_experts))
-
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Choose top_k experts for each of T tokens."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
-        scores_TE = logits_TE.sigmoid() if self.score == "sigmoid" else logits_TE.softmax(dim=-1)
-        experts_TK = torch.topk(scores_TE.detach() + self.expert_bias, self.top_k, dim=-1, sorted=False).indices
-        weights_TK = scores_TE.gather(1, experts_TK)
-        if self.normalize_weights:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return Routing(weights_TK * self.routed_scaling, experts_TK)
-
-
 class MoE(nn.Module):
     """Routed experts plus shared experts (DeepSeekMoE, Dai et al. 2024), [B, T, D] -> [B, T, D].
 
-    While training, `load` adds up how many tokens each expert got since it was last cleared.
+    While training, `load` adds up how many tokens each expert got since it was last cleared, and `router_loss` holds
+    the balance and z losses of the last call, or None where no coefficient asks for them.
     """
 
     load: Tensor
@@ -69,21 +40,25 @@ class MoE(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         assert config.moe is not None
-        moe = config.moe
+        self.config = moe = config.moe
         self.router = Router(config)
         self.experts = Experts(config)
-        self.shared_experts = (
-            SwiGLU(config.d_model, moe.n_shared_experts * moe.d_expert) if moe.n_shared_experts else None
-        )
+        self.shared_experts = SwiGLU(config.d_model, moe.shared_width) if moe.shared_width else None
         self.register_buffer("load", torch.zeros(moe.n_experts), persistent=False)
+        self.router_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Route every token of x on its own; any leading shape."""
+        """Route every token of x on its own; any leading shape, whose last dimension is the position."""
         x_TD = x.flatten(0, -2)
-        out_TD, load_E = self.experts(x_TD, self.router(x_TD))
+        logits_TE = self.router.logits(x_TD)
+        routing = self.router.choose(logits_TE)
+        out_TD, load_E = self.experts(x_TD, routing)
         if self.training:
             with torch.no_grad():
                 self.load += load_E
+            if self.config.has_router_loss:
+                n_sequences = x_TD.shape[0] // x.shape[-2]
+                self.router_loss = router_loss(self.config, logits_TE, routing.experts_TK, self.load, n_sequences)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
         return out_TD.view_as(x)

@@ -15,8 +15,9 @@ from frugal.model.cache import KVCache
 from frugal.model.config import TransformerConfig
 from frugal.model.experts import Experts
 from frugal.model.latent_attention import LatentAttention
-from frugal.model.moe import MoE, Router, SwiGLU
+from frugal.model.moe import MoE, SwiGLU
 from frugal.model.rope import rotary_table
+from frugal.model.router import Router
 
 
 class Block(nn.Module):
@@ -77,6 +78,19 @@ class Transformer(nn.Module):
         weight = self.embedding.weight
         layers: list[Attention | LatentAttention] = [block.attention for block in self.blocks]  # type: ignore[misc]
         return [layer.new_cache(batch_size, max_len, weight.device, weight.dtype) for layer in layers]
+
+    def take_router_loss(self) -> Tensor | None:
+        """Sum over layers of the routers' losses in the last training call, each a mean over its tokens; or None.
+
+        A scalar in float32 to be added to the mean loss per token (the coefficients are in it already). Taking it
+        lets go of it, so that no graph outlives its step.
+        """
+        losses = []
+        for moe in self.moe_layers().values():
+            if moe.router_loss is not None:
+                losses.append(moe.router_loss)
+                moe.router_loss = None
+        return torch.stack(losses).sum() if losses else None
 
     def moe_layers(self) -> dict[int, MoE]:
         """The mixtures by the index of their block."""

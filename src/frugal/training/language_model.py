@@ -26,6 +26,7 @@ class LanguageModel(pl.LightningModule):
     The gradient of an optimizer step is that of the mean loss over all valid tokens of the step: all micro-batches
     and all ranks. Each micro-batch's loss is its sum over a constant (its number of positions), and once per step
     the gradients are rescaled if some positions were masked; so `accumulate_grad_batches` 1x8 and 4x2 agree.
+    The routers' losses (model.transformer.moe.*_loss_coef) are counted per position, and `train/loss` leaves them out.
 
     Args:
         transformer: the model's shape.
@@ -88,7 +89,13 @@ class LanguageModel(pl.LightningModule):
         self._step_nats += nats.detach()
         self._step_valid += (labels != IGNORE).sum()
         self._step_positions += self._micro_positions
-        return nats / self._micro_positions
+        loss = nats / self._micro_positions
+        assert self.model is not None
+        router_loss = self.model.take_router_loss()
+        if router_loss is not None:  # a mean over this micro-batch: weigh it by its share of the step's positions
+            loss = loss + router_loss * (labels.numel() / self._micro_positions)
+            self.log("train/router_loss", router_loss.detach())
+        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Rescale the gradients from positions to valid tokens, over all micro-batches and ranks."""
