@@ -122,7 +122,7 @@ def test_router_losses_are_per_position_however_the_step_is_cut_up(micro_batch: 
     router_loss = module.model.take_router_loss()
     assert router_loss is not None and module.model.take_router_loss() is None
     ((nats + router_loss * data.labels.numel()) / (data.labels != -100).sum()).backward()
-    trained, spy, loss = one_step(micro_batch, accumulate, config)
+    _, spy, loss = one_step(micro_batch, accumulate, config)
     assert loss == pytest.approx(nats.item() / (data.labels != -100).sum().item(), abs=1e-5)  # train/loss is the text's
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(spy.grads[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
