@@ -49,7 +49,9 @@ def test_the_rule_can_fail(tmp_path: Path) -> None:
     assert imports_of(bad) == {"training.optim"}
 
 
-@pytest.mark.parametrize("module", ["frugal.tracking.plots", "frugal.planning.hardware", "frugal.cli.verbs"])
+@pytest.mark.parametrize(
+    "module", ["frugal.tracking.plots", "frugal.planning.hardware", "frugal.planning.model_card", "frugal.cli.verbs"]
+)
 def test_starts_without_torch(module: str) -> None:
     code = f"import {module}, sys; assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -29,10 +29,16 @@ CHANGES = [
     {"attention": AttentionConfig(n_heads=4, head_dim=16, qk_norm="head")},
     {"attention": AttentionConfig(n_heads=4, n_kv_heads=1, qk_norm="full")},
     {"moe": MoEConfig(n_experts=4, top_k=1, d_expert=24)},
-    {"moe": MoEConfig(n_experts=4, top_k=2, d_expert=24, n_shared_experts=2, d_shared_expert=8)},
+    {"moe": MoEConfig(n_experts=4, top_k=2, d_expert=24, n_shared_experts=2, d_shared_expert=8, expert_bias=False)},
     {"attention": AttentionConfig(n_heads=4, latent=LATENT)},
     {"attention": AttentionConfig(n_heads=3, latent=replace(LATENT, q_lora_rank=20))},
 ]
+
+
+def size_of(model: Transformer) -> int:
+    """Parameters, and the routers' biases, which training keeps as buffers."""
+    biases = (name for name in model.state_dict() if name.endswith("expert_bias"))
+    return sum(p.numel() for p in model.parameters()) + sum(model.state_dict()[name].numel() for name in biases)
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
@@ -41,7 +47,7 @@ def test_counts_equal_the_built_model(tiny: TransformerConfig, changes: dict) ->
     with torch.device("meta"):
         model = Transformer(config)
     counts = count_parameters(config)
-    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.total == size_of(model)
     idle = 0
     for moe in model.moe_layers().values():
         assert config.moe
@@ -86,10 +92,10 @@ def test_state_memory_equals_what_training_keeps(tiny: TransformerConfig) -> Non
     memory = state_memory(tiny)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert memory.weights == sum(p.nbytes for p in model.parameters())
+    assert memory.weights == 4 * size_of(model)
     assert memory.gradients == sum(g.nbytes for g in grads)
     assert memory.optimizer == sum(m.nbytes for m in moments)
-    assert memory.total == 16 * count_parameters(tiny).total
+    assert memory.total == 16 * count_parameters(tiny).total - 12 * 2 * 8  # two layers' biases are not trained
 
 
 @pytest.mark.parametrize("yarn", [None, YarnConfig(factor=4.0, original_max_seq_len=8, mscale=1.0)])

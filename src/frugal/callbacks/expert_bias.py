@@ -43,4 +43,5 @@ class ExpertBias(pl.Callback):
         if self.rate == 0 or resting or not pl_module.step_complete:
             return
         for moe in pl_module.model.moe_layers().values():
-            moe.router.expert_bias.copy_(updated_bias(moe.router.expert_bias, moe.load, self.rate))
+            if moe.router.expert_bias is not None:  # model.transformer.moe.expert_bias
+                moe.router.expert_bias.copy_(updated_bias(moe.router.expert_bias, moe.load, self.rate))

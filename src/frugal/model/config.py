@@ -175,6 +175,8 @@ class MoEConfig:
         score: how router logits become scores (sigmoid as in DeepSeek-V3, softmax as in OLMoE and Qwen3).
         normalize_weights: make the chosen experts' weights sum to one.
         routed_scaling: factor on the routed experts' weights.
+        expert_bias: give each expert a bias on the choice, which balances the load without a loss (its rate is
+            expert_bias.rate); published softmax routers have none.
         n_group: the experts lie in this many equal groups, and a token may use only the best topk_group of them
             (DeepSeek-V3, section 2.1.2, to bound the machines a token visits); 1 is off.
         topk_group: groups that each token may use.
@@ -194,6 +196,7 @@ class MoEConfig:
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     normalize_weights: bool = True
     routed_scaling: float = 1.0
+    expert_bias: bool = True
     n_group: int = 1
     topk_group: int = 1
     group_score: Literal["top2", "max"] = "top2"

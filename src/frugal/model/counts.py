@@ -41,32 +41,34 @@ def _attention_parameters(config: TransformerConfig) -> tuple[int, int]:
     return 2 * d * (d_q + d_kv), norms
 
 
-def _active_by_kind(config: TransformerConfig) -> tuple[int, int, int]:
-    """Active weights without embeddings that multiply, those of norms, and the idle experts' weights."""
+def _by_kind(config: TransformerConfig) -> tuple[int, int, int, int]:
+    """Active weights without embeddings that multiply, norms' weights, routers' biases, and idle experts' weights."""
     d, layers = config.d_model, config.n_layers
     projections, attention_norms = _attention_parameters(config)
     matrices = layers * projections + (layers - config.n_moe_layers) * 3 * d * config.d_ff
     norms = layers * (attention_norms + 2 * d) + d
-    idle = 0
+    idle = biases = 0
     if moe := config.moe:
         expert = 3 * d * moe.d_expert
         router_and_shared = moe.n_experts * d + 3 * d * moe.shared_width
         matrices += config.n_moe_layers * (router_and_shared + moe.top_k * expert)
         idle = config.n_moe_layers * (moe.n_experts - moe.top_k) * expert
-    return matrices, norms, idle
+        biases = config.n_moe_layers * moe.n_experts * moe.expert_bias
+    return matrices, norms, biases, idle
 
 
 def count_parameters(config: TransformerConfig) -> Counts:
-    """Count parameters; buffers (the routers' balancing bias) are none."""
-    matrices, norms, idle = _active_by_kind(config)
+    """Count parameters, the routers' balancing biases among them, as DeepSeek-V3's published total does."""
+    matrices, norms, biases, idle = _by_kind(config)
+    body = matrices + norms + biases
     embedding = config.vocab_size * config.d_model
-    active = matrices + norms + embedding * (1 if config.tie_embeddings else 2)
+    active = body + embedding * (1 if config.tie_embeddings else 2)
     return Counts(
         total=active + idle,
         active=active,
         # A tied table still works as the head, so only its role as a look-up is left out.
-        active_without_input_embedding=matrices + norms + embedding,
-        active_without_embeddings=matrices + norms,
+        active_without_input_embedding=body + embedding,
+        active_without_embeddings=body,
     )
 
 
@@ -94,7 +96,7 @@ def flops_per_token(config: TransformerConfig, seq_len: int) -> Flops:
     costs 250 GFLOPs per token at 4,096 tokens, the figure of its authors (Zhao et al. 2025, arXiv 2505.09343, table 2).
     """
     attention, d_head = config.attention, config.head_dim
-    matrices, _, _ = _active_by_kind(config)
+    matrices, *_ = _by_kind(config)
     latent = attention.latent
     widths = latent.qk_nope_head_dim + latent.qk_rope_head_dim + latent.v_head_dim if latent else 2 * d_head
     scores = config.n_layers * 2 * attention.n_heads * widths * (seq_len + 1) / 2
@@ -132,6 +134,10 @@ class StateMemory:
 def state_memory(
     config: TransformerConfig, weight_bytes: int = 4, gradient_bytes: int = 4, moment_bytes: int = 4
 ) -> StateMemory:
-    """Memory of weights, gradients and AdamW's two moments; the defaults are float32 throughout (16 bytes each)."""
+    """Memory of weights, gradients and AdamW's two moments; the defaults are float32 throughout.
+
+    The routers' biases have no gradient and no moments; everything else takes 16 bytes by default.
+    """
     total = count_parameters(config).total
-    return StateMemory(total * weight_bytes, total * gradient_bytes, 2 * total * moment_bytes)
+    trained = total - _by_kind(config)[2]
+    return StateMemory(total * weight_bytes, trained * gradient_bytes, 2 * trained * moment_bytes)

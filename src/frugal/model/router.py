@@ -22,14 +22,14 @@ class Router(nn.Module):
     It is moved once per optimizer step from outside (`frugal.callbacks.expert_bias`), so accumulation stays right.
     """
 
-    expert_bias: Tensor
+    expert_bias: Tensor | None
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         assert config.moe is not None
         self.moe = config.moe
         self.weight = nn.Parameter(torch.empty(self.moe.n_experts, config.d_model))
-        self.register_buffer("expert_bias", torch.zeros(self.moe.n_experts))
+        self.register_buffer("expert_bias", torch.zeros(self.moe.n_experts) if self.moe.expert_bias else None)
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Choose top_k experts for each of T tokens."""
@@ -44,7 +44,9 @@ class Router(nn.Module):
         """Turn logits into top_k experts and their weights."""
         moe = self.moe
         scores_TE = logits_TE.sigmoid() if moe.score == "sigmoid" else logits_TE.softmax(dim=-1)
-        choice_TE = scores_TE.detach() + self.expert_bias
+        choice_TE = scores_TE.detach()
+        if self.expert_bias is not None:
+            choice_TE = choice_TE + self.expert_bias
         if moe.topk_group < moe.n_group:
             choice_TE = keep_best_groups(choice_TE, moe.n_group, moe.topk_group, moe.group_score)
         experts_TK = torch.topk(choice_TE, moe.top_k, dim=-1, sorted=False).indices

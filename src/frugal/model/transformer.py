@@ -112,7 +112,8 @@ def init_weights(model: Transformer) -> None:
             nn.init.ones_(module.weight)
         elif isinstance(module, Router):
             nn.init.normal_(module.weight, std=std)
-            module.expert_bias.zero_()
+            if module.expert_bias is not None:
+                module.expert_bias.zero_()
         elif isinstance(module, Experts):
             nn.init.normal_(module.w13, std=std)
             nn.init.normal_(module.w2, std=std_out)

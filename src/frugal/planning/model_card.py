@@ -1,0 +1,97 @@
+"""What a model costs before it is built: read its YAML, count, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from frugal.errors import UserError
+from frugal.model.config import (
+    TransformerConfig,
+    count_parameters,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+    state_memory,
+)
+
+
+def read_transformer(path: str) -> TransformerConfig:
+    """The shape in a file of `configs/model/`, or in the `model` section of a whole config.
+
+    Raises:
+        UserError: no such file or no YAML mapping in it.
+        argparse.ArgumentError: a key that does not exist, is missing or has the wrong type.
+    """
+    from jsonargparse import ArgumentParser
+
+    if not Path(path).is_file():
+        raise UserError(f"shape: no file {path}")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"shape: {path} is no YAML ({' '.join(str(error).split())})") from None
+    if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
+        values = model.get("init_args", model).get("transformer")
+    if not isinstance(values, dict):
+        raise UserError(f"shape: {path} holds no transformer (see configs/model/ for its keys)")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TransformerConfig, "transformer")
+    return parser.instantiate(parser.parse_object({"transformer": values})).transformer
+
+
+def model_card(config: TransformerConfig, seq_len: int = 4096) -> dict[str, Any]:
+    """Every count of a shape: parameters, FLOPs per token at `seq_len`, bytes of cache and of training state."""
+    counts, flops, memory = count_parameters(config), flops_per_token(config, seq_len), state_memory(config)
+    return {
+        "parameters": {
+            "total": counts.total,
+            "active": counts.active,
+            "active_without_input_embedding": counts.active_without_input_embedding,
+            "active_without_embeddings": counts.active_without_embeddings,
+        },
+        "flops_per_token": {"seq_len": seq_len, "forward": flops.forward, "training": flops.training},
+        "kv_cache_bytes_per_token": {
+            "bfloat16": kv_cache_bytes_per_token(config, 2),
+            "float32": kv_cache_bytes_per_token(config, 4),
+        },
+        "state_bytes": {
+            "weights": memory.weights,
+            "gradients": memory.gradients,
+            "adamw": memory.optimizer,
+            "total": memory.total,
+        },
+    }
+
+
+def as_table(card: dict[str, Any]) -> str:
+    """A model card for the eye, one figure per line."""
+    parameters, flops = card["parameters"], card["flops_per_token"]
+    cache, state = card["kv_cache_bytes_per_token"], card["state_bytes"]
+    rows = [
+        ("parameters, total", f"{parameters['total']:,}"),
+        ("parameters, active per token", f"{parameters['active']:,}"),
+        ("  without input embedding", f"{parameters['active_without_input_embedding']:,}"),
+        ("  without both embeddings", f"{parameters['active_without_embeddings']:,}"),
+        (f"FLOPs per token, forward, {flops['seq_len']:,} tokens", _si(flops["forward"])),
+        ("FLOPs per token, training (3x, causal half of attention)", _si(flops["training"])),
+        ("KV cache per token, bfloat16", f"{cache['bfloat16']:,} bytes"),
+        ("training state, float32: weights", _gib(state["weights"])),
+        ("  gradients", _gib(state["gradients"])),
+        ("  AdamW's moments", _gib(state["adamw"])),
+        ("  total, without activations", _gib(state["total"])),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value:>20}" for name, value in rows)
+
+
+def _si(value: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:,.2f} {unit}FLOP"
+    return f"{value:,.0f} FLOP"
+
+
+def _gib(value: int) -> str:
+    return f"{value / 2**30:,.2f} GiB" if value >= 2**27 else f"{value / 2**20:,.2f} MiB"

@@ -1,0 +1,73 @@
+"""The shipped shapes against the published figures, from the config and as built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from frugal.model.config import TransformerConfig, count_parameters, flops_per_token, kv_cache_bytes_per_token
+from frugal.model.transformer import Transformer
+from frugal.planning.model_card import read_transformer
+
+ROOT = Path(__file__).parent.parent.parent
+FOLDER = ROOT / "configs" / "model"
+TOTALS = {
+    "deepseek_v3": 671_026_419_200,
+    "deepseek_v2_lite": 15_706_484_224,
+    "deepseek_moe_16b": 16_375_728_128,
+    "olmoe_1b_7b": 6_919_161_856,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "llama2_7b": 6_738_415_616,
+}
+
+
+def shape(name: str) -> TransformerConfig:
+    return read_transformer(str(FOLDER / f"{name}.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_count_as_built_and_as_published(path: Path) -> None:
+    config = shape(path.stem)
+    with torch.device("meta"):
+        model = Transformer(config)
+    counts = count_parameters(config)
+    biases = [b.numel() for name, b in model.named_buffers() if name.endswith("expert_bias")]
+    assert counts.total == sum(p.numel() for p in model.parameters()) + sum(biases)
+    assert counts.total == TOTALS.get(path.stem, counts.total)
+    idle = 0.0
+    for moe in model.moe_layers().values():
+        assert config.moe
+        idle += sum(p.numel() for p in moe.experts.parameters()) * (1 - config.moe.top_k / config.moe.n_experts)
+    assert counts.active == counts.total - idle
+
+
+def test_every_published_total_has_its_preset() -> None:
+    assert {path.stem for path in FOLDER.glob("*.yaml")} >= TOTALS.keys() | {"kjv_moe"}
+
+
+def test_published_active_parameters() -> None:
+    active = {name: count_parameters(shape(name)) for name in TOTALS}
+    assert active["deepseek_v3"].active_without_input_embedding / 1e9 == pytest.approx(36.6, abs=0.05)
+    assert active["deepseek_v2_lite"].active_without_embeddings / 1e9 == pytest.approx(2.24, abs=0.02)  # paper: 2.4
+    assert active["deepseek_moe_16b"].active / 1e9 == pytest.approx(2.8, abs=0.05)
+    assert active["olmoe_1b_7b"].active / 1e9 == pytest.approx(1.28, abs=0.01)
+    assert active["qwen3_30b_a3b"].active / 1e9 == pytest.approx(3.35, abs=0.01)
+    assert active["llama2_7b"].active == TOTALS["llama2_7b"]
+
+
+def test_published_flops_and_cache() -> None:
+    """Zhao et al. 2025 (arXiv 2505.09343), tables 1 and 2: 70.272 KB in bfloat16; 250 GFLOPs at 4,096 tokens."""
+    deepseek = shape("deepseek_v3")
+    assert kv_cache_bytes_per_token(deepseek, 2) == 70_272
+    assert flops_per_token(deepseek, 4096).training / 1e9 == pytest.approx(250, abs=1)
+    assert kv_cache_bytes_per_token(shape("llama2_7b"), 2) == 2 * 32 * 4096 * 2
+
+
+def test_the_embedded_preset_is_the_default_run() -> None:
+    import yaml
+
+    base = yaml.safe_load((ROOT / "configs/base.yaml").read_text())
+    data = base["data"]["init_args"]
+    linked = {"vocab_size": data["tokenizer"]["vocab_size"], "max_seq_len": data["seq_len"]}
+    preset = yaml.safe_load((FOLDER / "kjv_moe.yaml").read_text())
+    assert preset == {**base["model"]["init_args"]["transformer"], **linked}
