@@ -28,6 +28,8 @@ class WarmupStableDecay:
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise UserError(f"model.schedule.warmup_steps: must not be negative, got {self.warmup_steps}")
+        if not 0 <= self.final <= 1:
+            raise UserError(f"model.schedule.final: must lie in [0, 1], got {self.final}")
         if not 0 <= self.decay_fraction <= 1:
             raise UserError(f"model.schedule.decay_fraction: must lie in [0, 1], got {self.decay_fraction}")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from frugal.cli.train import overlays_first
 from frugal.tracking.run_folder import read_lines
 
 Train = Callable[..., Path]
@@ -159,6 +160,35 @@ def test_validate_and_predict_agree_with_the_run(train: Train) -> None:
     assert mean == pytest.approx(last["val/loss"], rel=1e-5)
 
 
+def test_the_last_step_is_always_validated(train: Train) -> None:
+    folder = train("fit", "--trainer.max_steps", "5", "--trainer.val_check_interval", "100")
+    assert [row["step"] for row in read_lines(folder / "metrics.jsonl") if "val/loss" in row] == [4]
+    folder = train("fit", "--trainer.max_steps", "8", "--trainer.val_check_interval", "4")
+    assert [row["step"] for row in read_lines(folder / "metrics.jsonl") if "val/loss" in row] == [3, 7]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["global_step"] == 8 and summary["val_loss"] is not None
+
+
+def test_options_win_over_overlays_wherever_they_stand(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    from frugal.cli.train import main
+
+    monkeypatch.setattr("sys.argv", ["train.py", "fit", "--trainer.max_steps", "3", "--config", "tiny.yaml"])
+    main()
+    (folder,) = Path("runs/base").iterdir()
+    assert json.loads((folder / "summary.json").read_text())["global_step"] == 3
+    assert overlays_first(["fit", "--a", "1", "-c", "x", "--config=y", "--b"]) == [
+        "fit", "-c", "x", "--config=y", "--a", "1", "--b",
+    ]  # fmt: skip
+
+
+def test_another_checkpoint_than_last_begins_a_new_run(train: Train) -> None:
+    first = train("fit", "--trainer.max_steps", "8")
+    before = (first / "metrics.jsonl").read_text()
+    second = train("fit", "--trainer.max_steps", "12", "--ckpt_path", "best")
+    assert second != first and (first / "metrics.jsonl").read_text() == before
+    assert read_lines(second / "metrics.jsonl")[0]["step"] >= 8
+
+
 FAULTS = {
     "a misspelt key": (["--model.transformer.d_modell", "8"], "model.transformer.d_modell: there is no such key"),
     "a misspelt key in an overlay": (["--config", "typo.yaml"], "did you mean trainer.max_steps?"),
@@ -179,6 +209,15 @@ FAULTS = {
     "a pickle that runs code": (["--ckpt_path", "evil.ckpt"], "evil.ckpt is no checkpoint, or holds more than"),
     "another tokenizer": (["--ckpt_path", "good.ckpt", "--data.source.path", "other.txt"], "another tokenizer"),
     "no steps": (["--trainer.max_steps", "-1"], "trainer.max_steps: must be positive"),
+    "no pytorch file": (["--ckpt_path", "text.txt"], "text.txt is no checkpoint"),
+    "another kind of checkpoint": (["--ckpt_path", "dict.ckpt"], "dict.ckpt is no checkpoint of train.py"),
+    "no accumulation": (
+        ["--trainer.accumulate_grad_batches", "0"],
+        "trainer.accumulate_grad_batches: must be at least 1",
+    ),
+    "a misspelt option of a callback": (["--samples.temprature", "1"], "did you mean samples.temperature?"),
+    "a root that is a file": (["--run.root", "text.txt"], "run.root: cannot write text.txt"),
+    "impossible betas": (["--model.optimizer.betas", "[2, 3]"], "model.optimizer.betas: must lie in [0, 1)"),
     "a bad run name": (["--run.name", "a/b"], "run.name: use letters"),
 }
 
@@ -195,6 +234,7 @@ def broken(project: Path, train: Train) -> None:
     shutil.copy(folder / "checkpoints/last.ckpt", good)
     (project / "cut.ckpt").write_bytes(good.read_bytes()[:-5000])
     torch.save({"state_dict": Evil()}, project / "evil.ckpt")
+    torch.save({"a": 1}, project / "dict.ckpt")
     (project / "typo.yaml").write_text("trainer: {max_stepz: 3}\n")
     (project / "empty.txt").write_text("")
     (project / "short.txt").write_text("one line\nand another\n" * 30)
@@ -204,7 +244,7 @@ def broken(project: Path, train: Train) -> None:
 
 def test_faults_are_one_line_that_names_the_key(broken: None, train: Train, capsys: pytest.CaptureFixture) -> None:
     capsys.readouterr()
-    before = sorted(Path("runs").rglob("*.ckpt"))
+    before = sorted(Path("runs").rglob("*"))
     for name, (args, expected) in FAULTS.items():
         with pytest.raises(SystemExit) as stopped:
             train("fit", *args)
@@ -214,7 +254,7 @@ def test_faults_are_one_line_that_names_the_key(broken: None, train: Train, caps
         assert len(errors) == 1 and expected in errors[0], f"{name}: {err}"
         assert "Traceback" not in err, name
     assert not Path("executed").exists()
-    assert sorted(Path("runs").rglob("*.ckpt")) == before
+    assert sorted(path for path in Path("runs").rglob("*") if path.is_file()) == [p for p in before if p.is_file()]
 
 
 @pytest.mark.slow

@@ -29,11 +29,13 @@ def test_generate_continues_a_prompt(train: Callable[..., Path], capsys: pytest.
 def test_generate_refuses_in_one_line(train: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
     folder = train("fit", "--trainer.max_steps", "4")
     (folder / "checkpoints/best.ckpt").rename(folder / "checkpoints/mine.ckpt")
+    (folder / "checkpoints/last.ckpt").unlink()
     checkpoint = str(folder / "checkpoints/mine.ckpt")
     capsys.readouterr()
     for args, expected in {
         ("none.ckpt",): "no file none.ckpt",
-        (str(folder),): "no file",
+        (str(folder),): "no checkpoints/best.ckpt or last.ckpt",
+        (checkpoint, "--device", "cuda:7"): "device: 'cuda:7' is not available here",
         ("text.txt",): "text.txt is no checkpoint, or holds",
         (checkpoint, "--top_p", "2"): "top_p: must lie in (0, 1], got 2.0",
         (checkpoint, "--temperature", "-1"): "temperature: must not be negative",

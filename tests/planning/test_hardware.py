@@ -17,9 +17,16 @@ def test_every_row_has_figures_with_a_source_and_a_date() -> None:
 
 def test_the_device_name_chooses_the_row() -> None:
     rows = load_hardware(TABLE)
-    assert choose_hardware(rows, "NVIDIA H100 80GB HBM3").name == "h100-80gb"
-    assert choose_hardware(rows, "some processor").name == "cpu"
-    assert choose_hardware(rows, "NVIDIA H100", "a100-80gb").name == "a100-80gb"
+    for device, wanted, name in (
+        ("NVIDIA H100 80GB HBM3", "auto", "h100-80gb"),
+        ("NVIDIA A100-SXM4-80GB", "auto", "a100-80gb"),
+        ("cpu", "auto", "cpu"),
+        ("NVIDIA H100", "a100-80gb", "a100-80gb"),
+    ):
+        row = choose_hardware(rows, device, wanted)
+        assert row and row.name == name
+    for device in ("NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-40GB"):
+        assert choose_hardware(rows, device) is None  # better no estimate than a wrong one
     with pytest.raises(UserError, match="no row 'tpu'; there are cpu"):
         choose_hardware(rows, "", "tpu")
 

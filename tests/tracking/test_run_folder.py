@@ -74,4 +74,6 @@ def test_the_card_shows_what_the_summary_holds() -> None:
     assert "1 min 30 s" in rows["spent"] and "6 GFLOPs" in rows["spent"]
     assert "25%" in rows["speed"] and "300 GFLOP/s" in rows["speed"]
     assert "1.0000 kWh" in rows["estimate"] and "$0.0125" in rows["estimate"] and "cpu: 10 W" in rows["estimate"]
+    unknown = card_rows({**summary, "joules": None, "dollars": None, "assumption": "no row for 'X'"}, {})
+    assert dict(unknown)["estimate"] == "energy and dollars unknown  [no row for 'X']"
     assert "experts" not in rows and rows["run folder"] == "runs/a/b"

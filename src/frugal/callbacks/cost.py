@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from frugal.errors import UserError
 from frugal.model.config import count_parameters, flops_per_token
 from frugal.planning.hardware import choose_hardware, load_hardware
 from frugal.tracking.run_folder import RunFolder, keep_steps, read_lines
@@ -56,7 +57,9 @@ class CostMeter(pl.Callback):
         hardware_file: str = "configs/hardware.yaml",
         peak_tflops: float | None = None,
     ) -> None:
-        self.rows = load_hardware(hardware_file)
+        if peak_tflops is not None and peak_tflops <= 0:
+            raise UserError(f"cost.peak_tflops: must be positive, got {peak_tflops}")
+        self.rows, self.hardware_file = load_hardware(hardware_file), hardware_file
         choose_hardware(self.rows, "", hardware)  # an unknown row is refused before any work is done
         self.hardware, self.peak_flops = hardware, peak_tflops and peak_tflops * 1e12
         self.tokens = 0
@@ -82,7 +85,10 @@ class CostMeter(pl.Callback):
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         self.row = choose_hardware(self.rows, name, self.hardware)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.units = cores if self.row.per_core else trainer.world_size
+        self.units = cores if self.row is None or self.row.per_core else trainer.world_size
+        self.assumption = (
+            self.row.assumption(self.units) if self.row else f"no row for {name!r} in {self.hardware_file}"
+        )
         self._mark = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -113,10 +119,16 @@ class CostMeter(pl.Callback):
                     "cost/tokens": float(self.tokens),
                     "cost/flops": self.flops,
                     "cost/seconds": sum(self.seconds.values()),
-                    "cost/joules": self.row.joules(sum(self.seconds.values()), self.units),
-                    "cost/dollars": self.row.dollars(sum(self.seconds.values()), self.units),
+                    **{f"cost/{name}": value for name, value in self._estimates().items() if value is not None},
                 }
             )
+
+    def _estimates(self) -> dict[str, float | None]:
+        """Joules and dollars so far; None for a device that the table does not know."""
+        seconds = sum(self.seconds.values())
+        if self.row is None:
+            return {"joules": None, "dollars": None}
+        return {"joules": self.row.joules(seconds, self.units), "dollars": self.row.dollars(seconds, self.units)}
 
     def _mfu(self, flops_per_second: float, devices: int) -> float:
         assert self.peak_flops is not None
@@ -168,9 +180,8 @@ class CostMeter(pl.Callback):
             "flops": self.flops,
             "seconds": seconds,
             "seconds_by_phase": self.seconds,
-            "joules": self.row.joules(seconds, self.units),
-            "dollars": self.row.dollars(seconds, self.units),
-            "assumption": self.row.assumption(self.units),
+            **self._estimates(),
+            "assumption": self.assumption,
             "params_total": counts.total,
             "params_active": counts.active,
             "params_active_without_input_embedding": counts.active_without_input_embedding,

@@ -24,19 +24,41 @@ log = logging.getLogger(__name__)
 
 
 class RunReport(pl.Callback):
-    """At the end of a fit: write `summary.json`, draw the plots, close W&B and print the card."""
+    """At the end of a fit: validate, write `summary.json`, draw the plots, close W&B and print the card."""
+
+    def __init__(self) -> None:
+        self._trained = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Say where a resumed run stands."""
+        self._trained = trainer.global_step < trainer.max_steps
+        if trainer.global_step and trainer.is_global_zero:
+            log.info("continuing %s at step %d of %d", *self._standing(trainer))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop after the last step: a stopping Trainer validates first, so the final weights are always scored."""
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
+
+    @staticmethod
+    def _standing(trainer: pl.Trainer) -> tuple[str, int, int]:
+        return _shown(Path(trainer.default_root_dir)), trainer.global_step, trainer.max_steps
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Gather what the other callbacks measured."""
         folder = RunFolder(Path(trainer.default_root_dir))
+        if not self._trained:
+            log.info("nothing left to do: %s stands at step %d of %d", *self._standing(trainer))
         callbacks = {type(callback): callback for callback in trainer.callbacks}  # type: ignore[attr-defined]
         summary = callbacks[CostMeter].summary(trainer, pl_module)
         summary["router"] = callbacks[RoutingMonitor].last or None
         summary["sample"] = callbacks[TextSamples].last
         write_summary(folder, summary)
         pictures = draw_run(folder)
-        paths = {"run folder": _shown(folder.path), "plots": ", ".join(_shown(path) for path in pictures.values())}
+        paths = {"run folder": _shown(folder.path)}
+        if pictures:
+            paths["plots"] = ", ".join(_shown(path) for path in pictures.values())
         for logger in trainer.loggers:
             if isinstance(logger, SafeWandbLogger):
                 logger.log_pictures(pictures)
@@ -44,8 +66,9 @@ class RunReport(pl.Callback):
                 logger.finish(summary)
                 if url:
                     paths["W&B"] = url
-                elif logger.files:
-                    paths["W&B"] = f"offline; send it with: {_program('wandb')} sync {_shown(logger.files)}"
+                elif list(folder.path.glob("wandb/offline-run-*")):
+                    pattern = _shown(folder.path / "wandb") + "/offline-run-*"  # a resumed run has several
+                    paths["W&B"] = f"offline; send it with: {_program('wandb')} sync {pattern}"
         paths["go on with"] = f"{_program('frugal')} generate {_shown(folder.path)} --prompt '...'"
         print_card(f"{folder.path.parent.name} {folder.id}", summary, paths)
 

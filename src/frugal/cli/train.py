@@ -28,11 +28,12 @@ from frugal.errors import UserError
 from frugal.tracking.run_folder import RunConfig, RunFolder, folder_of, new_run, newest_run
 from frugal.training.checkpointing import LastCheckpoint, SafeCheckpointIO, best_checkpoint
 from frugal.training.language_model import LanguageModel
-from frugal.training.loggers import MetricsFile, SafeWandbLogger
+from frugal.training.loggers import MetricsFile, SafeWandbLogger, wandb_mode
 
 log = logging.getLogger(__name__)
 BASE_CONFIG = "configs/base.yaml"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+OPTIONS: set[str] = set()  # names of all options, filled by the parser, for suggestions
 
 
 def keep_freed_memory() -> None:
@@ -60,6 +61,7 @@ class FrugalCLI(LightningCLI):
         parser.add_lightning_class_args(ExpertBias, "expert_bias")
         parser.add_lightning_class_args(TextSamples, "samples")
         parser.add_lightning_class_args(CostMeter, "cost")
+        OPTIONS.update(action.dest for action in parser._actions)
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("data.init_args.tokenizer.vocab_size", "model.init_args.transformer.vocab_size")
         parser.link_arguments("data.init_args.seq_len", "model.init_args.transformer.max_seq_len")
@@ -77,6 +79,8 @@ class FrugalCLI(LightningCLI):
             earlier = newest_run(run, f"{wanted}.ckpt")
             if earlier is not None:
                 config.ckpt_path = str(earlier.checkpoints / f"{wanted}.ckpt")
+                if self.subcommand == "fit" and wanted == "best":
+                    earlier = None  # a new run branches off
             elif self.subcommand == "fit":
                 log.info("ckpt_path: no earlier run named %s; starting a new one", run.name)
                 config.ckpt_path = None
@@ -85,7 +89,9 @@ class FrugalCLI(LightningCLI):
         elif wanted:
             if not Path(wanted).is_file():
                 raise UserError(f"ckpt_path: no file {wanted}")
-            earlier = folder_of(Path(wanted))
+            # Only last.ckpt is where its run stands; from any other checkpoint a new run branches off.
+            branches = self.subcommand == "fit" and Path(wanted).name != "last.ckpt"
+            earlier = None if branches else folder_of(Path(wanted))
         elif self.subcommand != "fit":
             raise UserError(f"ckpt_path: {self.subcommand} needs a checkpoint: --ckpt_path best, last or a file")
         # Processes that Lightning starts for further devices must agree on the folder.
@@ -110,11 +116,21 @@ class FrugalCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the callbacks, loggers and checkpoint reader that every run has."""
         trainer_config = self._get(self.config_init, "trainer")
+        for key, least in (("accumulate_grad_batches", 1), ("log_every_n_steps", 1), ("gradient_clip_val", 0)):
+            if (value := trainer_config.get(key)) is not None and value < least:
+                raise UserError(f"trainer.{key}: must be at least {least}, got {value}")
+        if trainer_config.get("val_check_interval") == 0:
+            raise UserError("trainer.val_check_interval: must be positive; trainer.limit_val_batches 0 switches it off")
         fitting = self.subcommand == "fit"
+        if fitting:
+            try:
+                Path(self.run_config.root).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"run.root: cannot write {self.run_config.root} ({error.strerror})") from None
         wants_logs = fitting and trainer_config.get("logger") is not False and not trainer_config.get("fast_dev_run")
         kwargs["logger"] = False
         trainer_config["plugins"] = [*(trainer_config.get("plugins") or []), SafeCheckpointIO()]
-        extra = [RoutingMonitor(), Progress(), best_checkpoint(), RunReport()]
+        extra = [WriteConfig(self), RoutingMonitor(), Progress(), best_checkpoint(), RunReport()]
         trainer_config["callbacks"] = [*(trainer_config.get("callbacks") or []), *(extra if fitting else [Progress()])]
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -122,9 +138,9 @@ class FrugalCLI(LightningCLI):
             raise error if isinstance(error, UserError) else UserError(f"trainer: {error}") from None
         for callback in trainer.checkpoint_callbacks:
             callback.dirpath = str(self.folder.checkpoints)  # type: ignore[attr-defined]
-        if wants_logs:  # made last: loggers create the run's folder, and a refused config should leave none behind
+        if wants_logs:  # made last: loggers create the run's folder
             trainer.loggers = [MetricsFile(self.folder)]
-            if self.run_config.wandb != "disabled":
+            if wandb_mode(self.run_config) != "disabled":
                 trainer.loggers.append(SafeWandbLogger(self.run_config, self.folder))
         return trainer
 
@@ -152,11 +168,9 @@ class FrugalCLI(LightningCLI):
         path.write_text(text + "\n", encoding="utf-8")
         print(f"written to {path}")
 
-    def before_fit(self) -> None:
+    def write_config(self) -> None:
         """Write the resolved config into the run's folder and send it to W&B."""
         self._dump_config()
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
-            return
         path = self.folder.path / "config.yaml"
         text = yaml.safe_dump({**self.config_dump, "ckpt_path": None}, sort_keys=False)
         if path.is_file() and path.read_text(encoding="utf-8") != text:
@@ -168,6 +182,18 @@ class FrugalCLI(LightningCLI):
             logger.log_hyperparams(self.config_dump)
 
 
+class WriteConfig(pl.Callback):
+    """Write the config when model, data and checkpoint have been accepted: a refused run is no run."""
+
+    def __init__(self, cli: FrugalCLI) -> None:
+        self.cli = cli
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """On the first process only."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self.cli.write_config()
+
+
 def known_keys(config: Any, prefix: str = "") -> list[str]:
     """The keys of a nested config as users write them (`init_args` may be left out), for suggestions."""
     if not isinstance(config, dict):
@@ -177,6 +203,18 @@ def known_keys(config: Any, prefix: str = "") -> list[str]:
         for name, value in config.items()
         for key in known_keys(value, prefix if name == "init_args" else f"{prefix}.{name}".lstrip("."))
     ]
+
+
+def overlays_first(args: list[str]) -> list[str]:
+    """Move `--config FILE` behind the subcommand: options win over overlays wherever they stand."""
+    overlays, others, waiting = [], [], False
+    for arg in args:
+        if waiting or arg in ("-c", "--config") or arg.startswith("--config="):
+            waiting = not waiting and "=" not in arg
+            overlays.append(arg)
+        else:
+            others.append(arg)
+    return [*others[:1], *overlays, *others[1:]]
 
 
 def main(args: list[str] | None = None) -> None:
@@ -193,11 +231,15 @@ def main(args: list[str] | None = None) -> None:
     # Our sampler starts at the trainer's step, so the loader needs no state of its own.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
+    warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     keep_freed_memory()
-    if not Path(BASE_CONFIG).is_file():
-        sys.exit(f"error: no {BASE_CONFIG} here: run from the project's root folder")
-    with one_line_errors(known_keys(yaml.safe_load(Path(BASE_CONFIG).read_text(encoding="utf-8")))):
+    if args is None:
+        sys.argv[1:] = overlays_first(sys.argv[1:])  # in place: Lightning starts further processes from it
+    with one_line_errors(OPTIONS):
+        if not Path(BASE_CONFIG).is_file():
+            raise UserError(f"no {BASE_CONFIG} here: run from the project's root folder")
+        OPTIONS.update(known_keys(yaml.safe_load(Path(BASE_CONFIG).read_text(encoding="utf-8"))))
         options = {"exit_on_error": False}
         FrugalCLI(
             pl.LightningModule,

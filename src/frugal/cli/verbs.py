@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 
@@ -22,7 +21,7 @@ def generate(
     """Continue a prompt with a trained model.
 
     Args:
-        checkpoint: a .ckpt file, or a run's folder (its best.ckpt is taken).
+        checkpoint: a .ckpt file, or a run's folder (its best.ckpt).
         prompt: the beginning; empty starts a new document.
         max_new_tokens: tokens to write at most.
         temperature: 0 takes the likeliest token each time; higher is more random.
@@ -63,8 +62,5 @@ def main(args: list[str] | None = None) -> None:
         if not arguments:
             parser.print_help()
             return
-        try:
-            config = parser.parse_args(arguments)
-        except argparse.ArgumentError as error:
-            raise error
+        config = parser.parse_args(arguments)
         VERBS[config.verb](**{k: v for k, v in config[config.verb].as_dict().items() if k != "config"})

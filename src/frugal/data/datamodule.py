@@ -89,18 +89,6 @@ class TextDataModule(pl.LightningDataModule):
         """Bytes of text per token, int64 [vocab]."""
         return torch.from_numpy(token_byte_lengths(self.tokenizer))
 
-    @property
-    def train_tokens(self) -> int:
-        """Tokens of the training split (after setup)."""
-        assert self.prepared is not None
-        return len(self.prepared.train)
-
-    @property
-    def val_tokens(self) -> int:
-        """Tokens of the validation split (after setup)."""
-        assert self.prepared is not None
-        return len(self.prepared.val)
-
     def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
         return DataLoader(
             dataset,

@@ -66,12 +66,12 @@ def load_hardware(path: str) -> list[Hardware]:
     return rows
 
 
-def choose_hardware(rows: list[Hardware], device_name: str, wanted: str = "auto") -> Hardware:
-    """The row called `wanted`, or for `auto` the one that matches the device's name (the `cpu` row if none does)."""
+def choose_hardware(rows: list[Hardware], device_name: str, wanted: str = "auto") -> Hardware | None:
+    """The row called `wanted`, or for `auto` the one that matches the device's name; None if none does."""
     if wanted != "auto":
         named = [row for row in rows if row.name == wanted]
         if not named:
             raise UserError(f"cost.hardware: no row {wanted!r}; there are {', '.join(row.name for row in rows)}")
         return named[0]
     matching = [row for row in rows if any(part.lower() in device_name.lower() for part in row.match)]
-    return (matching or [row for row in rows if row.name == "cpu"])[0]
+    return matching[0] if matching else None

@@ -33,7 +33,7 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         (
             "spent",
             f"{short(summary['flops'], 'FLOPs')} · {duration(summary['seconds'])}"
-            f" ({', '.join(f'{phase} {duration(s)}' for phase, s in summary['seconds_by_phase'].items())})",
+            f" ({', '.join(f'{p} {duration(s)}' for p, s in summary['seconds_by_phase'].items() if s >= 0.05)})",
         ),
         (
             "speed",
@@ -42,8 +42,12 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         ),
         (
             "estimate",
-            f"{short(summary['joules'], 'J')} ({summary['joules'] / 3.6e6:.4f} kWh) · ${summary['dollars']:.4f}"
-            f"  [{summary['assumption']}]",
+            (
+                f"{short(summary['joules'], 'J')} ({summary['joules'] / 3.6e6:.4f} kWh) · ${summary['dollars']:.4f}"
+                if summary["joules"] is not None
+                else "energy and dollars unknown"
+            )
+            + f"  [{summary['assumption']}]",
         ),
     ]
     if summary.get("val_loss") is not None:

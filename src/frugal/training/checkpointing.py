@@ -23,16 +23,16 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not Path(path).is_file():
         raise UserError(f"ckpt_path: no file {path}")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:  # torch's own advice here is to trust the file; ours is not to
         raise UserError(
             f"ckpt_path: {path} is no checkpoint, or holds more than tensors and plain values; not loaded"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"ckpt_path: {path} is damaged or no checkpoint ({reason}); use an earlier one from the same folder"
-        ) from None
+    except Exception:  # a damaged archive fails in many ways
+        raise UserError(f"ckpt_path: {path} is damaged or no checkpoint; use another one of the same run") from None
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise UserError(f"ckpt_path: {path} is no checkpoint of train.py (it has no `state_dict`)")
+    return content
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -83,7 +83,8 @@ def _validation_is_due(trainer: pl.Trainer) -> bool:
     """Whether the Trainer validates right after the batch that just ended (for intervals counted in batches)."""
     every = trainer.val_check_batch
     done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-    return trainer.enable_validation and isinstance(every, int) and every > 0 and done % every == 0
+    at_interval = isinstance(every, int) and every > 0 and done % every == 0
+    return trainer.enable_validation and (at_interval or trainer.should_stop)
 
 
 def best_checkpoint() -> ModelCheckpoint:

@@ -23,7 +23,7 @@ def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transforme
     """Rebuild the transformer and the tokenizer that a checkpoint holds.
 
     Args:
-        checkpoint: a .ckpt file, or a run's folder, whose best.ckpt is taken.
+        checkpoint: a .ckpt file, or a run's folder (its best.ckpt, or last.ckpt without validation).
         device: where the model shall live.
 
     Raises:
@@ -31,7 +31,12 @@ def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transforme
     """
     path = Path(checkpoint)
     if path.is_dir():
-        path = path / "checkpoints" / "best.ckpt"
+        found = [
+            file for file in (path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")) if file.is_file()
+        ]
+        if not found:
+            raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt in this folder")
+        path = found[0]
     content = read_checkpoint(path)
     data = content.get("TextDataModule") or {}
     if "transformer" not in content or "tokenizer" not in data:
@@ -39,8 +44,15 @@ def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transforme
     model = Transformer(TransformerConfig.from_dict(content["transformer"]))
     prefix = "model."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    model.load_state_dict(weights)
-    return model.to(device).eval(), load_tokenizer(data["tokenizer"])
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: its weights do not fit its shape ({str(error).splitlines()[-1].strip()})") from None
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {device!r} is not available here ({str(error).splitlines()[0]})") from None
+    return model.eval(), load_tokenizer(data["tokenizer"])
 
 
 def sample_texts(

@@ -9,11 +9,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from frugal.data.batches import IGNORE
 from frugal.errors import UserError
 from frugal.model.config import TransformerConfig
 from frugal.model.transformer import Transformer
 from frugal.schedule import WarmupStableDecay
-from frugal.training.losses import IGNORE, next_token_nll
+from frugal.training.losses import next_token_nll
 from frugal.training.metrics import TextLoss
 from frugal.training.optim import AdamWConfig, build_optimizer
 
@@ -193,7 +194,10 @@ class LanguageModel(pl.LightningModule):
             )
         differences = _differences(theirs, ours, "model.transformer")
         if differences:
-            raise UserError("ckpt_path: the checkpoint has another shape: " + "; ".join(differences))
+            raise UserError(
+                "ckpt_path: the checkpoint has another shape (its run's config.yaml gives it back): "
+                + "; ".join(differences)
+            )
 
 
 def _differences(theirs: Any, ours: Any, key: str) -> list[str]:

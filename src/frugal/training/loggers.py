@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from frugal.tracking.run_folder import RunConfig, RunFolder
@@ -53,8 +53,8 @@ class MetricsFile(Logger):
 
 
 def wandb_mode(config: RunConfig) -> str:
-    """`online` or `offline`: what the config says; for `auto`, WANDB_MODE or whether an API key is known."""
-    if config.wandb in ("online", "offline"):
+    """`online`, `offline` or `disabled`; for `auto`, what WANDB_MODE says or whether an API key is known."""
+    if config.wandb != "auto":
         return config.wandb
     if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
         return os.environ["WANDB_MODE"]
@@ -105,11 +105,13 @@ class SafeWandbLogger(WandbLogger):
             return make(self)
         except Exception as error:
             if self._wandb_init.get("mode") != "online":
-                raise
+                self._broken = True
+                log.warning("W&B does not start (%s); metrics.jsonl has everything", error)
+                return DummyExperiment()
             log.warning("W&B cannot be reached (%s): logging offline; `wandb sync` sends the run later", error)
             self._wandb_init["mode"] = "offline"
             wandb.teardown()  # the failed attempt would go on holding the run's id
-            return make(self)
+            return self.experiment
 
     def _never_raise(self, action: Callable[[], Any]) -> None:
         if self._broken:
@@ -151,11 +153,6 @@ class SafeWandbLogger(WandbLogger):
             self.experiment.finish()
 
         self._never_raise(close)
-
-    @property
-    def files(self) -> Path | None:
-        """Folder of the W&B run's files, once it has begun."""
-        return Path(self._experiment.dir).parent if self._experiment is not None else None
 
     @property
     def url(self) -> str | None:

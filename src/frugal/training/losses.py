@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
+from frugal.data.batches import IGNORE
 
 
 def next_token_nll(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from frugal.training.losses import IGNORE
+from frugal.data.batches import IGNORE
 
 
 class TextLoss(Metric):

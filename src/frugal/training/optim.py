@@ -30,6 +30,10 @@ class AdamWConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise UserError(f"model.optimizer.lr: must be positive, got {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"model.optimizer.betas: must lie in [0, 1), got {list(self.betas)}")
+        if self.eps <= 0:
+            raise UserError(f"model.optimizer.eps: must be positive, got {self.eps}")
         if self.weight_decay < 0:
             raise UserError(f"model.optimizer.weight_decay: must not be negative, got {self.weight_decay}")
 
