@@ -1,5 +1,6 @@
 """Every shipped YAML is parsed, and every model in it is built on the meta device."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from lightning.pytorch.cli import LightningCLI
 
 import frugal.cli.train as cli
 from frugal.model.transformer import Transformer
+from frugal.planning.model_card import read_transformer
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
@@ -37,3 +39,18 @@ def test_experiments_open_with_a_header(path: Path) -> None:
     for word in ("Question:", "Command:", "Time:", "Result:"):
         assert any(line.startswith(f"# {word}") for line in header), f"{path.name} lacks {word}"
     assert f"python train.py fit --config configs/experiments/{path.name}" in "\n".join(header)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_model_preset_leaves_nothing_of_the_default_model(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML files are merged, so a key that a preset leaves out would keep the value of base.yaml."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    built = []
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, name: built.append(self))
+    cli.main(["fit", "--model.transformer", f"configs/model/{path.name}"])
+    preset = read_transformer(str(path))
+    config = built[0].model.config
+    assert replace(config, vocab_size=preset.vocab_size, max_seq_len=preset.max_seq_len) == preset
+    assert config.vocab_size == built[0].datamodule.tokenizer_config.vocab_size  # the data decide these two
+    assert config.max_seq_len == built[0].datamodule.seq_len
