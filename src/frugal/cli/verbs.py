@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
+from collections.abc import Callable
 
 from frugal.cli.errors import one_line_errors
+from frugal.cli.model_verbs import count
 
 
 def generate(
@@ -37,7 +40,19 @@ def generate(
     print("\n---\n".join(texts))
 
 
-VERBS = {"generate": generate}
+VERBS: dict[str, Callable[..., None]] = {"generate": generate, "count": count}
+
+
+def spell_out_flags(arguments: list[str]) -> list[str]:
+    """`--json` means `--json true` for a verb's boolean options: jsonargparse wants a value."""
+    verb = VERBS.get(arguments[0]) if arguments else None
+    flags = (
+        {f"--{p.name}" for p in inspect.signature(verb).parameters.values() if p.annotation == "bool"} if verb else ()
+    )
+    return [
+        f"{word}=true" if word in flags and following.lower() not in ("true", "false") else word
+        for word, following in zip(arguments, [*arguments[1:], ""], strict=False)
+    ]
 
 
 def main(args: list[str] | None = None) -> None:
@@ -58,7 +73,7 @@ def main(args: list[str] | None = None) -> None:
         verb.add_function_arguments(function, as_positional=True)
         commands.add_subcommand(name, verb, help=function.__doc__.splitlines()[0])
     with one_line_errors():
-        arguments = args if args is not None else sys.argv[1:]
+        arguments = spell_out_flags(args if args is not None else sys.argv[1:])
         if not arguments:
             parser.print_help()
             return
