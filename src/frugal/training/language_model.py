@@ -192,6 +192,10 @@ class LanguageModel(pl.LightningModule):
             raise UserError(
                 "ckpt_path: the file is no frugal language-model checkpoint (it has no `transformer` entry)"
             )
+        try:  # keys that are younger than the checkpoint have their neutral defaults
+            theirs = asdict(TransformerConfig.from_dict(theirs))
+        except TypeError:
+            pass  # written by a newer version: the difference below names its unknown key
         differences = _differences(theirs, ours, "model.transformer")
         if differences:
             raise UserError(
