@@ -61,7 +61,8 @@ class CostMeter(pl.Callback):
             raise UserError(f"cost.peak_tflops: must be positive, got {peak_tflops}")
         self.rows, self.hardware_file = load_hardware(hardware_file), hardware_file
         choose_hardware(self.rows, "", hardware)  # an unknown row is refused before any work is done
-        self.hardware, self.peak_flops = hardware, peak_tflops and peak_tflops * 1e12
+        self.hardware, self.given_peak = hardware, peak_tflops and peak_tflops * 1e12
+        self.measured_peaks: dict[str, float] = {}  # by device, the best so far, across resumes
         self.tokens = 0
         self.flops = 0.0
         self.seconds = {"train": 0.0, "validation": 0.0, "other": 0.0}
@@ -79,10 +80,11 @@ class CostMeter(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measure the ceiling and start the clock."""
         self.device = pl_module.device
-        if self.peak_flops is None:
-            dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision).split("-")[0])
-            self.peak_flops = measure_matmul_peak(self.device, dtype or torch.float32)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.device_name = name
+        if self.given_peak is None:
+            dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision).split("-")[0])
+            self._keep_peak(name, measure_matmul_peak(self.device, dtype or torch.float32))
         self.row = choose_hardware(self.rows, name, self.hardware)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.units = cores if self.row is None or self.row.per_core else trainer.world_size
@@ -130,8 +132,16 @@ class CostMeter(pl.Callback):
             return {"joules": None, "dollars": None}
         return {"joules": self.row.joules(seconds, self.units), "dollars": self.row.dollars(seconds, self.units)}
 
+    def _keep_peak(self, device: str, flops: float) -> None:
+        """A machine that is busy when a run resumes has not become slower: its best measurement counts."""
+        self.measured_peaks[device] = max(flops, self.measured_peaks.get(device, 0.0))
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s of one device that MFU is measured against."""
+        return self.given_peak or self.measured_peaks[self.device_name]
+
     def _mfu(self, flops_per_second: float, devices: int) -> float:
-        assert self.peak_flops is not None
         return flops_per_second / (self.peak_flops * devices)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -155,12 +165,14 @@ class CostMeter(pl.Callback):
         """Plain numbers, for the checkpoint."""
         now = time.perf_counter()
         seconds = {**self.seconds, "train": self.seconds["train"] + now - self._mark}
-        return {"tokens": self.tokens, "flops": self.flops, "seconds": seconds}
+        return {"tokens": self.tokens, "flops": self.flops, "seconds": seconds, "peaks": self.measured_peaks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where the checkpoint stood."""
         self.tokens, self.flops = state_dict["tokens"], state_dict["flops"]
         self.seconds = dict(state_dict["seconds"])
+        for device, flops in state_dict.get("peaks", {}).items():
+            self._keep_peak(device, flops)
 
     # --- after the run
 
@@ -172,7 +184,6 @@ class CostMeter(pl.Callback):
         history = read_lines(RunFolder(Path(trainer.default_root_dir)).metrics)
         validations = [row for row in history if "val/loss" in row]
         best = min(validations, key=lambda row: row["val/loss"], default={})
-        assert self.peak_flops is not None
         return {
             "val_loss": best.get("val/loss"),
             "val_bits_per_byte": best.get("val/bits_per_byte"),

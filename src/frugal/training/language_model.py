@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from typing import Any
 
@@ -192,10 +193,9 @@ class LanguageModel(pl.LightningModule):
             raise UserError(
                 "ckpt_path: the file is no frugal language-model checkpoint (it has no `transformer` entry)"
             )
-        try:  # keys that are younger than the checkpoint have their neutral defaults
+        # Keys that are younger than the checkpoint have their neutral defaults; an unknown one is named below.
+        with contextlib.suppress(TypeError, UserError):
             theirs = asdict(TransformerConfig.from_dict(theirs))
-        except TypeError:
-            pass  # written by a newer version: the difference below names its unknown key
         differences = _differences(theirs, ours, "model.transformer")
         if differences:
             raise UserError(
