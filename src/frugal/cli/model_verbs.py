@@ -20,3 +20,15 @@ def count(shape: str, seq_len: int = 4096, json: bool = False) -> None:
         raise UserError(f"seq_len: must be positive, got {seq_len}")
     card = model_card(read_transformer(shape), seq_len)
     print(dumps(card, indent=2) if json else as_table(card))
+
+
+def export(checkpoint: str, folder: str) -> None:
+    """Write a trained model as a folder that Hugging Face transformers loads.
+
+    Args:
+        checkpoint: a .ckpt file, or a run's folder (its best.ckpt).
+        folder: where to write; AutoModelForCausalLM and AutoTokenizer read it.
+    """
+    from frugal.training.export import export_checkpoint
+
+    print(f"{export_checkpoint(checkpoint, folder)} written to {folder}")

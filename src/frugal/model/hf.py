@@ -39,6 +39,7 @@ def _names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
         yield "head.weight", "lm_head.weight"
     attention, latent = config.attention, config.attention.latent
     projections = dict(LATENT_ATTENTION if latent else ATTENTION)
+    unused: tuple[str, ...]
     if latent:
         unused = ("wq_down", "q_norm", "wq_up") if latent.q_lora_rank is None else ("wq",)
     else:
@@ -138,7 +139,7 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     else:
         names = ["model.safetensors"]
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"folder: {folder} has no {name}")
