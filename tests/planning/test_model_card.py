@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from frugal.model.config import TransformerConfig, count_parameters, flops_per_token, kv_cache_bytes_per_token
+from frugal.model.hf_config import to_hf_config
 from frugal.model.transformer import Transformer
 from frugal.planning.model_card import read_transformer
 
@@ -39,6 +41,17 @@ def test_presets_count_as_built_and_as_published(path: Path) -> None:
         assert config.moe
         idle += sum(p.numel() for p in moe.experts.parameters()) * (1 - config.moe.top_k / config.moe.n_experts)
     assert counts.active == counts.total - idle
+
+
+@pytest.mark.parametrize("name", sorted(TOTALS.keys() - {"deepseek_moe_16b"}))  # the one without a class there
+def test_transformers_builds_the_same_sizes_from_our_config(name: str) -> None:
+    values = to_hf_config(shape(name))
+    config = AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
+    with torch.device("meta"):
+        peer = AutoModelForCausalLM.from_config(config)
+    biases = sum(b.numel() for key, b in peer.named_buffers() if key.endswith("e_score_correction_bias"))
+    assert sum(p.numel() for p in peer.parameters()) + biases == TOTALS[name]
+    assert type(peer).__name__ == values["architectures"][0]
 
 
 def test_every_published_total_has_its_preset() -> None:
