@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from frugal.model.config import MoEConfig, TransformerConfig
+from frugal.model.config import AttentionConfig, MoEConfig, TransformerConfig
 from frugal.model.moe import MoE
 from frugal.model.router import (
     Router,
@@ -87,6 +89,38 @@ def test_each_token_stays_within_its_groups(tiny: TransformerConfig) -> None:
     _, experts = router_of(tiny, GROUPED)(torch.randn(300, 32))
     groups = [len(set(row)) for row in (experts // 4).tolist()]
     assert max(groups) == 2
+
+
+@given(
+    n_group=st.integers(1, 5),
+    per_group=st.integers(2, 4),
+    data=st.data(),
+    score=st.sampled_from(["sigmoid", "softmax"]),
+    group_score=st.sampled_from(["top2", "max"]),
+)
+def test_any_routing_is_k_distinct_experts_of_few_groups(
+    n_group: int, per_group: int, data: st.DataObject, score: str, group_score: str
+) -> None:
+    topk_group = data.draw(st.integers(1, n_group))
+    top_k = data.draw(st.integers(1, topk_group * per_group))
+    shape = MoEConfig(
+        n_group * per_group,
+        top_k,
+        4,
+        score=score,  # type: ignore[arg-type]
+        routed_scaling=1.5,
+        n_group=n_group,
+        topk_group=topk_group,
+        group_score=group_score,  # type: ignore[arg-type]
+    )
+    config = TransformerConfig(vocab_size=8, d_model=4, n_layers=1, d_ff=4, attention=AttentionConfig(2), moe=shape)
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    router = Router(config)
+    weights, experts = router.choose(torch.randn(20, shape.n_experts))
+    assert all(len(set(row)) == top_k for row in experts.tolist())
+    assert all(len(set(row)) <= topk_group for row in (experts // per_group).tolist())
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(dim=1), torch.full((20,), 1.5))
 
 
 def test_balanced_routing_costs_one_and_collapsed_routing_e_over_k() -> None:

@@ -84,3 +84,4 @@ def test_the_embedded_preset_is_the_default_run() -> None:
     linked = {"vocab_size": data["tokenizer"]["vocab_size"], "max_seq_len": data["seq_len"]}
     preset = yaml.safe_load((FOLDER / "kjv_moe.yaml").read_text())
     assert preset == {**base["model"]["init_args"]["transformer"], **linked}
+    assert read_transformer(str(ROOT / "configs/base.yaml")) == shape("kjv_moe")

@@ -7,7 +7,7 @@ def count(shape: str, seq_len: int = 4096, json: bool = False) -> None:
     """Count a model's parameters, FLOPs and memory from its config, without building it.
 
     Args:
-        shape: a file of configs/model/, or a run's config.yaml.
+        shape: a file of configs/model/, configs/base.yaml, or a run's config.yaml.
         seq_len: sequence length at which attention's FLOPs are counted.
         json: print JSON instead of a table.
     """

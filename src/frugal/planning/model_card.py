@@ -18,7 +18,7 @@ from frugal.model.config import (
 
 
 def read_transformer(path: str) -> TransformerConfig:
-    """The shape in a file of `configs/model/`, or in the `model` section of a whole config.
+    """The shape in a file of `configs/model/`, or in a whole config such as `configs/base.yaml` or a run's.
 
     Raises:
         UserError: no such file or no YAML mapping in it.
@@ -33,12 +33,20 @@ def read_transformer(path: str) -> TransformerConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"shape: {path} is no YAML ({' '.join(str(error).split())})") from None
     if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
-        values = model.get("init_args", model).get("transformer")
+        values = _linked_to_data(values) | (model.get("init_args", model).get("transformer") or {})
     if not isinstance(values, dict):
         raise UserError(f"shape: {path} holds no transformer (see configs/model/ for its keys)")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TransformerConfig, "transformer")
     return parser.instantiate(parser.parse_object({"transformer": values})).transformer
+
+
+def _linked_to_data(values: dict[str, Any]) -> dict[str, Any]:
+    """The two keys of the model that `train.py` takes from the data's section, where it has them."""
+    data = values.get("data") or {}
+    data = data.get("init_args", data)
+    linked = {"vocab_size": (data.get("tokenizer") or {}).get("vocab_size"), "max_seq_len": data.get("seq_len")}
+    return {key: value for key, value in linked.items() if value is not None}
 
 
 def model_card(config: TransformerConfig, seq_len: int = 4096) -> dict[str, Any]:
