@@ -84,6 +84,6 @@ def train(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
         monkeypatch.setattr("sys.argv", ["train.py"])
         main([subcommand, "--config", "tiny.yaml", *args])
         name = args[args.index("--run.name") + 1] if "--run.name" in args else "base"
-        return sorted(Path("runs", name).iterdir())[-1]
+        return max(Path("runs", name).iterdir(), key=lambda path: path.stat().st_mtime_ns)
 
     return run

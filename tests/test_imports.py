@@ -17,7 +17,7 @@ ALLOWED = {
     "tracking": {"errors"},
     "planning": {"errors", "model.config"},
     "training": {"errors", "schedule", "model", "data", "tracking"},
-    "callbacks": {"errors", "schedule", "model", "training", "planning", "tracking"},
+    "callbacks": {"errors", "schedule", "data", "model", "training", "planning", "tracking"},
     "cli": {"errors", "schedule", "model", "data", "tracking", "planning", "training", "callbacks"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -1,6 +1,7 @@
 """train.py end to end on a text of seconds: what a run leaves behind, resume, and faults in one line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from frugal.cli.train import overlays_first
+from frugal.schedule import WarmupStableDecay
 from frugal.tracking.run_folder import read_lines
 
 Train = Callable[..., Path]
@@ -79,7 +81,8 @@ def history(folder: Path) -> list[dict]:
     ]
 
 
-# A run that ends by SIGKILL at the end of its 7th step, or in the middle of the validation after its 8th.
+# A run that ends by SIGKILL at the end of a step (the checkpoint before the 5th was written at the end of a validation,
+# the one before the 7th was not), or in the middle of the validation after its 8th.
 KILLER = """
 import os, signal, sys
 import frugal.callbacks.routing as routing
@@ -90,7 +93,7 @@ def kill(when):
 step_end, val_end = routing.RoutingMonitor.on_train_batch_end, LanguageModel.on_validation_epoch_end
 def on_step_end(self, trainer, *args):
     step_end(self, trainer, *args)
-    kill(sys.argv[1] == "step" and trainer.global_step == 7)
+    kill(sys.argv[1] == f"step {trainer.global_step}")
 def on_val_end(self):
     kill(sys.argv[1] == "validation" and self.trainer.global_step == 8)
     val_end(self)
@@ -104,10 +107,11 @@ main(["fit", "--config", "tiny.yaml", "--run.name", "cut", *sys.argv[2:]])
 @pytest.mark.parametrize(
     ("moment", "extra"),
     [
-        ("step", ()),
+        ("step 5", ()),
+        ("step 7", ()),
         ("validation", ()),
         (
-            "step",
+            "step 7",
             ("--trainer.accumulate_grad_batches", "2", "--data.num_workers", "1", "--trainer.val_check_interval", "8"),
         ),
     ],
@@ -146,6 +150,63 @@ def test_two_processes_do_what_one_does(project: Path) -> None:
     for one, other in zip(history(folders[0]), history(folders[1]), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     assert read_lines(folders[0] / "expert_load.jsonl") == read_lines(folders[1] / "expert_load.jsonl")
+
+
+def test_a_resumed_run_obeys_the_config_it_is_given(train: Train) -> None:
+    train("fit", "--trainer.max_steps", "6")
+    options = [
+        "--model.optimizer.lr",
+        "0.01",
+        "--model.optimizer.weight_decay",
+        "0.7",
+        "--trainer.log_every_n_steps",
+        "1",
+    ]
+    folder = train("fit", "--trainer.max_steps", "12", "--ckpt_path", "last", *options)
+    rates = {row["step"]: row["optim/lr"] for row in read_lines(folder / "metrics.jsonl") if "optim/lr" in row}
+    schedule = WarmupStableDecay(warmup_steps=2, decay_fraction=0.5)
+    for step in range(6, 12):
+        assert rates[step] == pytest.approx(0.01 * schedule.factor(step, 12), rel=1e-5)
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.7, 0.0]
+
+
+def test_a_moved_project_keeps_the_best_checkpoint(train: Train) -> None:
+    folder = train("fit", "--trainer.max_steps", "8", "--model.optimizer.lr", "0.02")
+    best = (folder / "checkpoints/best.ckpt").read_bytes()
+    last = str((folder / "checkpoints/last.ckpt").resolve())
+    train("fit", "--trainer.max_steps", "12", "--ckpt_path", last, "--model.optimizer.lr", "30")  # gets much worse
+    assert (folder / "checkpoints/best.ckpt").read_bytes() == best
+
+
+def test_another_batch_size_after_a_resume_neither_repeats_nor_skips(train: Train) -> None:
+    def seen(folder: Path) -> int:
+        state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+        return state["TextDataModule"]["samples_seen"]
+
+    assert seen(train("fit", "--trainer.max_steps", "6")) == 24
+    assert seen(train("fit", "--trainer.max_steps", "12", "--ckpt_path", "last", "--data.batch_size", "2")) == 36
+
+
+def test_balancing_moves_the_biases_and_best_is_the_lowest(train: Train) -> None:
+    folder = train("fit", "--model.optimizer.lr", "0.02")
+    state = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+    (bias,) = (value for key, value in state["state_dict"].items() if key.endswith("expert_bias"))
+    assert bias.abs().max() > 0
+    val = {row["step"] + 1: row["val/loss"] for row in read_lines(folder / "metrics.jsonl") if "val/loss" in row}
+    assert state["global_step"] == min(val, key=val.__getitem__)
+    summary = json.loads((folder / "summary.json").read_text())
+    train_seconds = summary["seconds_by_phase"]["train"]
+    assert summary["mfu"] == pytest.approx(summary["flops"] / train_seconds / 0.1e12, rel=1e-6)
+    assert 0 < summary["seconds_by_phase"]["validation"] < summary["seconds"]
+    assert summary["joules"] == pytest.approx(summary["seconds"] * 10 * len(os.sched_getaffinity(0)), rel=1e-3)
+
+
+def test_fast_dev_run_leaves_nothing(train: Train) -> None:
+    from frugal.cli.train import main
+
+    main(["fit", "--config", "tiny.yaml", "--trainer.fast_dev_run", "4", "--samples.prompts", '[""]'])
+    assert not list(Path("runs").rglob("*.ckpt"))
 
 
 def test_validate_and_predict_agree_with_the_run(train: Train) -> None:
@@ -211,6 +272,16 @@ FAULTS = {
     "no steps": (["--trainer.max_steps", "-1"], "trainer.max_steps: must be positive"),
     "no pytorch file": (["--ckpt_path", "text.txt"], "text.txt is no checkpoint"),
     "another kind of checkpoint": (["--ckpt_path", "dict.ckpt"], "dict.ckpt is no checkpoint of train.py"),
+    "validation inside a step": (
+        ["--trainer.accumulate_grad_batches", "3"],
+        "trainer.val_check_interval: 4 micro-batches do not end with an optimizer step",
+    ),
+    "another accumulation": (
+        ["--ckpt_path", "good.ckpt", "--trainer.accumulate_grad_batches", "2"],
+        "trainer.accumulate_grad_batches: the checkpoint's steps have 1 micro-batches",
+    ),
+    "another seed": (["--ckpt_path", "good.ckpt", "--seed_everything", "7"], "belongs to seed 1234"),
+    "no key heads": (["--model.transformer.attention.n_kv_heads", "0"], "n_kv_heads: must be positive, got 0"),
     "no accumulation": (
         ["--trainer.accumulate_grad_batches", "0"],
         "trainer.accumulate_grad_batches: must be at least 1",

@@ -139,3 +139,11 @@ def test_a_truncated_cache_is_refused(source: LocalText, tmp_path: Path) -> None
 def test_a_cache_folder_that_cannot_be_made_is_refused(source: LocalText, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.cache_dir: cannot write"):
         prepare(source, TokenizerConfig(300), 0.2, str(tmp_path / "a.txt" / "cache"))
+
+
+def test_the_tokenizer_never_sees_the_held_out_text(tmp_path: Path) -> None:
+    """A word that only the last part has is no token, although it is frequent there."""
+    (tmp_path / "a.txt").write_text("a plain line of words\n" * 300 + "zebrazebra\n" * 100)
+    prepared = prepare(LocalText(str(tmp_path / "a.txt")), TokenizerConfig(400), 0.1, str(tmp_path / "cache"))
+    assert not any("zeb" in token for token in prepared.tokenizer.get_vocab())
+    assert any("plain" in token for token in prepared.tokenizer.get_vocab())

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -99,3 +100,41 @@ def test_overfits_twenty_sequences(tiny: TransformerConfig) -> None:
     # Sequences may begin alike, so the first target is partly unpredictable: leave it out.
     nll = F.cross_entropy(model(ids[:, :-1])[:, 2:].flatten(0, 1), ids[:, 3:].flatten())
     assert nll < 0.02
+
+
+def test_buffers_stay_in_float32_when_the_weights_are_cast(tiny: TransformerConfig) -> None:
+    model = Transformer(tiny)
+    router = model.moe_layers()[1].router
+    router.expert_bias.fill_(0.8)
+    model = model.to(torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+    assert router.expert_bias[0].item() == pytest.approx(0.8, abs=1e-7)
+    assert torch.equal(model.cos, Transformer(tiny).cos)
+    assert model(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()
+
+
+def test_the_router_decides_in_float32_under_autocast(tiny: TransformerConfig) -> None:
+    torch.manual_seed(0)
+    moe = Transformer(tiny).moe_layers()[1]
+    x = torch.randn(64, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights, experts = moe.router(x)[:2]
+        out = moe(x[None])
+    plain_weights, plain_experts = moe.router(x)[:2]
+    assert weights.dtype == torch.float32 and torch.equal(experts, plain_experts)
+    assert torch.equal(weights, plain_weights)
+    assert out.dtype == torch.bfloat16  # while the experts compute in bfloat16
+
+
+def test_branches_into_the_residual_stream_start_smaller(tiny: TransformerConfig) -> None:
+    block = Transformer(replace(tiny, d_model=128, n_layers=8, init_std=0.1)).blocks[0]
+    assert block.attention.wq.weight.std().item() == pytest.approx(0.1, rel=0.05)
+    assert block.attention.wo.weight.std().item() == pytest.approx(0.1 / 4, rel=0.05)
+
+
+def test_rotary_angles_by_hand(tiny: TransformerConfig) -> None:
+    model = Transformer(tiny)
+    frequency = 10_000 ** (-2 / 8)  # the second of four pairs of a head of width 8
+    assert model.cos[5, 1].item() == pytest.approx(math.cos(5 * frequency), abs=1e-6)
+    assert model.sin[7, 0].item() == pytest.approx(math.sin(7.0), abs=1e-6)

@@ -25,7 +25,7 @@ def test_the_device_name_chooses_the_row() -> None:
     ):
         row = choose_hardware(rows, device, wanted)
         assert row and row.name == name
-    for device in ("NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-40GB"):
+    for device in ("NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-40GB", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe"):
         assert choose_hardware(rows, device) is None  # better no estimate than a wrong one
     with pytest.raises(UserError, match="no row 'tpu'; there are cpu"):
         choose_hardware(rows, "", "tpu")

@@ -14,7 +14,7 @@ from frugal.errors import UserError
 from frugal.model.config import AttentionConfig, MoEConfig, TransformerConfig
 from frugal.schedule import WarmupStableDecay
 from frugal.training.language_model import LanguageModel
-from frugal.training.optim import AdamWConfig, parameter_groups
+from frugal.training.optim import AdamWConfig, build_optimizer, parameter_groups
 
 CONFIG = TransformerConfig(
     vocab_size=32,
@@ -182,3 +182,36 @@ def test_a_checkpoint_of_another_shape_names_the_keys() -> None:
         module.on_load_checkpoint(checkpoint)
     with pytest.raises(UserError, match="no frugal"):
         module.on_load_checkpoint({})
+
+
+def test_clipping_limits_the_norm_or_each_value() -> None:
+    module = LanguageModel(CONFIG, AdamWConfig(), WarmupStableDecay())
+    module.configure_model()
+    module.log = lambda *args, **kwargs: None  # type: ignore
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    parameters = list(module.parameters())
+
+    def norm() -> float:
+        return torch.cat([p.grad.flatten() for p in parameters]).norm().item()
+
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    module.configure_gradient_clipping(optimizer, 0.5)
+    assert norm() == pytest.approx(0.5, rel=1e-4)
+    for p in parameters:
+        p.grad = torch.full_like(p, 3.0)
+    module.configure_gradient_clipping(optimizer, 0.5, "value")
+    assert all(p.grad.max() == 0.5 for p in parameters)
+    before = norm()
+    module.configure_gradient_clipping(optimizer, None)
+    assert norm() == before
+
+
+def test_the_optimizer_gets_what_the_config_says() -> None:
+    module = LanguageModel(CONFIG, AdamWConfig(), WarmupStableDecay())
+    module.configure_model()
+    config = AdamWConfig(lr=0.3, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.7)
+    (first, second) = build_optimizer(module, config, fused=False).param_groups
+    for group, decay in ((first, 0.7), (second, 0.0)):
+        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.5, 0.6), 1e-3, decay)
+        assert group["fused"] is False

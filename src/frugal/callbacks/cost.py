@@ -13,7 +13,7 @@ import torch
 
 from frugal.errors import UserError
 from frugal.model.config import count_parameters, flops_per_token
-from frugal.planning.hardware import choose_hardware, load_hardware
+from frugal.planning.hardware import Hardware, choose_hardware, load_hardware
 from frugal.tracking.run_folder import RunFolder, keep_steps, read_lines
 
 
@@ -66,6 +66,8 @@ class CostMeter(pl.Callback):
         self.tokens = 0
         self.flops = 0.0
         self.seconds = {"train": 0.0, "validation": 0.0, "other": 0.0}
+        self.joules = self.dollars = 0.0
+        self.row: Hardware | None = None
         self._mark = 0.0
         self._window = (0, 0.0)
         self._flops_per_token: dict[int, float] = {}
@@ -74,8 +76,14 @@ class CostMeter(pl.Callback):
 
     def _lap(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase] += now - self._mark
+        self._spend(phase, now - self._mark)
         self._mark = now
+
+    def _spend(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] += seconds
+        if self.row is not None:  # at this machine's price; earlier parts of a resumed run keep theirs
+            self.joules += self.row.joules(seconds, self.units)
+            self.dollars += self.row.dollars(seconds, self.units)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measure the ceiling and start the clock."""
@@ -127,10 +135,8 @@ class CostMeter(pl.Callback):
 
     def _estimates(self) -> dict[str, float | None]:
         """Joules and dollars so far; None for a device that the table does not know."""
-        seconds = sum(self.seconds.values())
-        if self.row is None:
-            return {"joules": None, "dollars": None}
-        return {"joules": self.row.joules(seconds, self.units), "dollars": self.row.dollars(seconds, self.units)}
+        known = self.row is not None
+        return {"joules": self.joules if known else None, "dollars": self.dollars if known else None}
 
     def _keep_peak(self, device: str, flops: float) -> None:
         """A machine that is busy when a run resumes has not become slower: its best measurement counts."""
@@ -163,14 +169,22 @@ class CostMeter(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for the checkpoint."""
-        now = time.perf_counter()
-        seconds = {**self.seconds, "train": self.seconds["train"] + now - self._mark}
-        return {"tokens": self.tokens, "flops": self.flops, "seconds": seconds, "peaks": self.measured_peaks}
+        if self._mark:
+            self._lap("train")
+        return {
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "seconds": dict(self.seconds),
+            "joules": self.joules,
+            "dollars": self.dollars,
+            "peaks": dict(self.measured_peaks),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where the checkpoint stood."""
         self.tokens, self.flops = state_dict["tokens"], state_dict["flops"]
         self.seconds = dict(state_dict["seconds"])
+        self.joules, self.dollars = state_dict["joules"], state_dict["dollars"]
         for device, flops in state_dict.get("peaks", {}).items():
             self._keep_peak(device, flops)
 

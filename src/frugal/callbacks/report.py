@@ -47,6 +47,8 @@ class RunReport(pl.Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Gather what the other callbacks measured."""
+        if trainer.fast_dev_run:
+            return
         folder = RunFolder(Path(trainer.default_root_dir))
         if not self._trained:
             log.info("nothing left to do: %s stands at step %d of %d", *self._standing(trainer))

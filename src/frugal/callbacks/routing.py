@@ -67,7 +67,7 @@ class RoutingMonitor(pl.Callback):
         window_LE, self._window_LE = self._window_LE, None
         self.last = load_metrics(window_LE)
         pl_module.log_dict({f"router/{name}": value for name, value in self.last.items()})
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             share_LE = (window_LE / window_LE.sum(dim=1, keepdim=True)).tolist()
             layers = {str(layer): [round(x, 5) for x in row] for layer, row in zip(moes, share_LE, strict=True)}
             with RunFolder(Path(trainer.default_root_dir)).expert_load.open("a", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from frugal.data.tokenization import EOT
 from frugal.errors import UserError
 from frugal.model.generation import generate
 from frugal.training.loggers import SafeWandbLogger
@@ -52,7 +53,7 @@ class TextSamples(pl.Callback):
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         for prompt in self.prompts:
-            ids = torch.tensor([tokenizer.encode(prompt).ids], device=pl_module.device)
+            ids = torch.tensor([tokenizer.encode(prompt).ids or [tokenizer.token_to_id(EOT)]], device=pl_module.device)
             generator = torch.Generator(device=pl_module.device).manual_seed(self.seed)
             out = generate(pl_module.model, ids, self.max_new_tokens, self.temperature, self.top_p, generator=generator)
             self.rows.append([trainer.global_step, prompt, tokenizer.decode(out[0].tolist())])

@@ -26,7 +26,7 @@ from frugal.cli.errors import one_line, one_line_errors
 from frugal.data.datamodule import TextDataModule
 from frugal.errors import UserError
 from frugal.tracking.run_folder import RunConfig, RunFolder, folder_of, new_run, newest_run
-from frugal.training.checkpointing import LastCheckpoint, SafeCheckpointIO, best_checkpoint
+from frugal.training.checkpointing import BestCheckpoint, LastCheckpoint, SafeCheckpointIO
 from frugal.training.language_model import LanguageModel
 from frugal.training.loggers import MetricsFile, SafeWandbLogger, wandb_mode
 
@@ -121,6 +121,15 @@ class FrugalCLI(LightningCLI):
                 raise UserError(f"trainer.{key}: must be at least {least}, got {value}")
         if trainer_config.get("val_check_interval") == 0:
             raise UserError("trainer.val_check_interval: must be positive; trainer.limit_val_batches 0 switches it off")
+        accumulate, interval = (
+            trainer_config.get("accumulate_grad_batches") or 1,
+            trainer_config.get("val_check_interval"),
+        )
+        if isinstance(interval, int) and interval % accumulate:
+            raise UserError(
+                f"trainer.val_check_interval: {interval} micro-batches do not end with an optimizer step; "
+                f"use a multiple of trainer.accumulate_grad_batches ({accumulate})"
+            )
         fitting = self.subcommand == "fit"
         if fitting:
             try:
@@ -130,7 +139,7 @@ class FrugalCLI(LightningCLI):
         wants_logs = fitting and trainer_config.get("logger") is not False and not trainer_config.get("fast_dev_run")
         kwargs["logger"] = False
         trainer_config["plugins"] = [*(trainer_config.get("plugins") or []), SafeCheckpointIO()]
-        extra = [WriteConfig(self), RoutingMonitor(), Progress(), best_checkpoint(), RunReport()]
+        extra = [WriteConfig(self), RoutingMonitor(), Progress(), BestCheckpoint(), RunReport()]
         trainer_config["callbacks"] = [*(trainer_config.get("callbacks") or []), *(extra if fitting else [Progress()])]
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -154,6 +163,8 @@ class FrugalCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Write the loss of each held-out sequence to `predictions.jsonl` in the run's folder."""
+        if self.trainer.world_size > 1:
+            raise UserError("trainer.devices: predict writes one file; run it on one device")
         batches: list[Any] = self.trainer.predict(**kwargs) or []
         rows = [
             json.dumps({key: value.item() for key, value in zip(batch, values, strict=True)})
@@ -231,7 +242,6 @@ def main(args: list[str] | None = None) -> None:
     # Our sampler starts at the trainer's step, so the loader needs no state of its own.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
-    warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     keep_freed_memory()
     if args is None:

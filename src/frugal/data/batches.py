@@ -97,19 +97,32 @@ class EvaluationSequences(Dataset[dict[str, Tensor]]):
 
 
 class StepSampler(Sampler[list[int]]):
-    """Indices of micro-batch m on rank r of w: batch_size consecutive indices from (m * w + r) * batch_size.
+    """Indices of micro-batch m on rank r of w: batch_size consecutive ones, ranks side by side, batch after batch.
+
+    Micro-batch `start` begins at index `first_sample`, the number of samples that all ranks have seen before it; so a
+    run resumed with another batch size or number of ranks neither repeats nor skips a sample.
 
     A run that starts at micro-batch `start` gets just what an uninterrupted run would get there, whatever the number
     of workers; the union over ranks is the same for every number of ranks at an equal global batch.
     """
 
-    def __init__(self, start: int, stop: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        first_sample: int | None = None,
+    ) -> None:
         self.start, self.stop, self.batch_size = start, stop, batch_size
         self.rank, self.world_size = rank, world_size
+        self.first_sample = start * world_size * batch_size if first_sample is None else first_sample
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in range(self.start, self.stop):
-            first = (batch * self.world_size + self.rank) * self.batch_size
+            before = ((batch - self.start) * self.world_size + self.rank) * self.batch_size
+            first = self.first_sample + before
             yield list(range(first, first + self.batch_size))
 
     def __len__(self) -> int:

@@ -68,6 +68,8 @@ class TextDataModule(pl.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers, self.seed, self.cache_dir = num_workers, seed, cache_dir
         self.prepared: Prepared | None = None
+        self._start_step, self._first_sample = 0, 0  # where this process began, and the samples seen until then
+        self._loaded: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
         """Prepare the corpus on one process; the others find it in the cache."""
@@ -105,12 +107,20 @@ class TextDataModule(pl.LightningDataModule):
         if self.trainer.max_steps <= 0:
             raise UserError("trainer.max_steps: must be positive; the run's length is counted in steps")
         accumulate = self.trainer.accumulate_grad_batches
+        if self._loaded and self._loaded["accumulate_grad_batches"] != accumulate:
+            raise UserError(
+                f"trainer.accumulate_grad_batches: the checkpoint's steps have "
+                f"{self._loaded['accumulate_grad_batches']} micro-batches; resume with that number"
+            )
+        self._start_step = self.trainer.global_step
+        self._first_sample = self._loaded.get("samples_seen", 0)
         sampler = StepSampler(
             start=self.trainer.global_step * accumulate,
             stop=self.trainer.max_steps * accumulate,
             batch_size=self.batch_size,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
+            first_sample=self._first_sample,
         )
         return self._loader(TrainingSequences(self.prepared.train, self.seq_len, self.seed), sampler)
 
@@ -130,9 +140,18 @@ class TextDataModule(pl.LightningDataModule):
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """The tokenizer, so that a checkpoint can be used on its own, and the corpus' fingerprint."""
+        """The tokenizer, so that a checkpoint can be used on its own, and where in the data the run stands."""
         assert self.prepared is not None
-        return {"tokenizer": self.tokenizer.to_str(), "fingerprint": self.prepared.fingerprint}
+        assert self.trainer is not None
+        accumulate = self.trainer.accumulate_grad_batches
+        steps = self.trainer.global_step - self._start_step
+        return {
+            "tokenizer": self.tokenizer.to_str(),
+            "fingerprint": self.prepared.fingerprint,
+            "samples_seen": self._first_sample + steps * accumulate * self.trainer.world_size * self.batch_size,
+            "accumulate_grad_batches": accumulate,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained with another tokenizer; say when only the corpus differs."""
@@ -142,5 +161,8 @@ class TextDataModule(pl.LightningDataModule):
                 "ckpt_path: the checkpoint was trained with another tokenizer; give the same data.source and "
                 "data.tokenizer, or save its tokenizer and set data.tokenizer.path"
             )
+        if state_dict["seed"] != self.seed:
+            raise UserError(f"seed_everything: the run's order of data belongs to seed {state_dict['seed']}; keep it")
+        self._loaded = {key: state_dict[key] for key in ("samples_seen", "accumulate_grad_batches")}
         if state_dict["fingerprint"] != self.prepared.fingerprint:
             log.warning("the checkpoint was trained on another corpus than data.source gives now")

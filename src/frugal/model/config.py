@@ -142,6 +142,10 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         key = "model.transformer.attention"
         _require(self.n_heads > 0, f"{key}.n_heads: must be positive, got {self.n_heads}")
+        for name in ("n_kv_heads", "head_dim"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{key}.{name}: must be positive, got {value}")
+        _require(self.rope_theta > 0, f"{key}.rope_theta: must be positive, got {self.rope_theta}")
         _require(
             self.n_heads % self.kv_heads == 0,
             f"{key}.n_kv_heads: {self.kv_heads} does not divide n_heads ({self.n_heads})",
@@ -158,7 +162,7 @@ class AttentionConfig:
     @property
     def kv_heads(self) -> int:
         """Key/value heads after the default is filled in."""
-        return self.n_heads if self.n_kv_heads is None else max(self.n_kv_heads, 1)
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
 
 @dataclass(frozen=True)
@@ -281,6 +285,12 @@ class TransformerConfig:
         key = "model.transformer"
         for name in ("vocab_size", "d_model", "n_layers", "d_ff", "max_seq_len"):
             _require(getattr(self, name) > 0, f"{key}.{name}: must be positive, got {getattr(self, name)}")
+        for name in ("norm_eps", "init_std"):
+            _require(getattr(self, name) >= 0, f"{key}.{name}: must not be negative, got {getattr(self, name)}")
+        _require(
+            self.moe is None or self.moe.first_k_dense < self.n_layers,
+            f"{key}.moe.first_k_dense: leaves none of the {self.n_layers} layers to the experts; set moe to null",
+        )
         if self.attention.latent:
             return
         heads = self.attention.n_heads

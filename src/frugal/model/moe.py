@@ -44,7 +44,7 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared_experts = SwiGLU(config.d_model, moe.shared_width) if moe.shared_width else None
-        self.register_buffer("load", torch.zeros(moe.n_experts), persistent=False)
+        self.register_buffer("load", torch.zeros(moe.n_experts, dtype=torch.float32), persistent=False)
         self.router_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ class Router(nn.Module):
         assert config.moe is not None
         self.moe = config.moe
         self.weight = nn.Parameter(torch.empty(self.moe.n_experts, config.d_model))
-        self.register_buffer("expert_bias", torch.zeros(self.moe.n_experts) if self.moe.expert_bias else None)
+        self.register_buffer(
+            "expert_bias", torch.zeros(self.moe.n_experts, dtype=torch.float32) if self.moe.expert_bias else None
+        )
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Choose top_k experts for each of T tokens."""

@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens, D d_model, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,19 @@ class Transformer(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         if self.embedding.weight.device.type != "meta":
             init_weights(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move or cast the weights, but keep the buffers (rotary tables, biases, loads) in float32.
+
+        In bfloat16 a bias of 0.8 could not take a step of 0.001, and a load could not be counted.
+        """
+        exact = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, moved in list(self.named_buffers()):
+            if name in exact and moved.dtype != torch.float32 and not moved.is_meta:
+                owner = self.get_submodule(name.rpartition(".")[0])
+                owner._buffers[name.rpartition(".")[2]] = exact[name].to(moved.device)
+        return self
 
     def hidden(self, ids_BT: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Final normalised hidden states [B, T, D]: what the head turns into logits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class Hardware:
 
     Args:
         name: how the row is called.
-        match: parts of the device's own name that choose this row.
+        match: whole words of the device's own name that choose this row.
         per_core: watts and dollars count per CPU core.
         watts: power under training load.
         dollars_per_hour: price of one device (or core) hour.
@@ -73,5 +74,5 @@ def choose_hardware(rows: list[Hardware], device_name: str, wanted: str = "auto"
         if not named:
             raise UserError(f"cost.hardware: no row {wanted!r}; there are {', '.join(row.name for row in rows)}")
         return named[0]
-    matching = [row for row in rows if any(part.lower() in device_name.lower() for part in row.match)]
+    matching = [row for row in rows if any(re.search(rf"\b{part}\b", device_name, re.I) for part in row.match)]
     return matching[0] if matching else None

@@ -66,16 +66,24 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Save every n steps; where a validation is due, after it, so that a crash inside it does not skip it."""
         if not _validation_is_due(trainer):
+            if trainer.global_step % self._every_n_train_steps == 0:
+                # Lightning logs a step after this hook: the row must be on the disk before the checkpoint that makes a
+                # resumed run skip it. (Our loggers ignore the second call with the same row.)
+                trainer._logger_connector.update_train_step_metrics()
             super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state over although the run's folder may have been moved."""
+        super().load_state_dict(_in_this_folder(state_dict, self.dirpath))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what the validation logged, too."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the final state, unless it lies on the disk already."""
-        if self._last_global_step_saved != trainer.global_step:
+        if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
@@ -87,8 +95,38 @@ def _validation_is_due(trainer: pl.Trainer) -> bool:
     return trainer.enable_validation and (at_interval or trainer.should_stop)
 
 
-def best_checkpoint() -> ModelCheckpoint:
+def _in_this_folder(state: dict[str, Any], dirpath: Any) -> dict[str, Any]:
+    """A ModelCheckpoint's state with its paths moved to `dirpath`, if they belong to the same run.
+
+    Lightning forgets the best score when the folder's path is spelt differently (relative, absolute, moved), and would
+    then overwrite best.ckpt with a worse one. A new run that branches off has another id and starts afresh.
+    """
+    if dirpath is None or Path(state["dirpath"]).parent.name != Path(dirpath).parent.name:
+        return state
+
+    def moved(path: str) -> str:
+        return str(Path(dirpath) / Path(path).name) if path else path
+
+    state = {**state, "dirpath": str(dirpath)}
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[key] = moved(state.get(key, ""))
+    state["best_k_models"] = {moved(path): score for path, score in state.get("best_k_models", {}).items()}
+    return state
+
+
+class BestCheckpoint(ModelCheckpoint):
     """Keep `best.ckpt`, the state of the lowest validation loss."""
-    return ModelCheckpoint(
-        monitor="val/loss", filename="best", save_top_k=1, save_on_train_epoch_end=False, enable_version_counter=False
-    )
+
+    def __init__(self) -> None:
+        super().__init__(
+            monitor="val/loss",
+            mode="min",
+            filename="best",
+            save_top_k=1,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state over although the run's folder may have been moved."""
+        super().load_state_dict(_in_this_folder(state_dict, self.dirpath))

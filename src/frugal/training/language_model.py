@@ -99,6 +99,27 @@ class LanguageModel(pl.LightningModule):
             self.log("train/router_loss", router_loss.detach())
         return loss
 
+    def on_train_start(self) -> None:
+        """Take the optimizer's settings from the config: a checkpoint brings its moments, not its learning rate."""
+        optimizer, scheduler, config = (
+            self.trainer.optimizers[0],
+            self.trainer.lr_scheduler_configs[0],
+            self.optimizer_config,
+        )
+        factor = self.schedule.factor(self.trainer.global_step, self.trainer.max_steps)
+        for group in optimizer.param_groups:
+            decay = config.weight_decay if group["params"][0].ndim >= 2 else 0.0
+            group |= {"betas": config.betas, "eps": config.eps, "weight_decay": decay}
+            group |= {"initial_lr": config.lr, "lr": config.lr * factor}
+        scheduler.scheduler.base_lrs = [config.lr] * len(optimizer.param_groups)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Number the logged rows by the step, also after a resume.
+
+        Lightning counts them apart, and a checkpoint saved at the end of a validation lacks the last one.
+        """
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Rescale the gradients from positions to valid tokens, over all micro-batches and ranks."""
         assert self._step_nats is not None and self._step_valid is not None and self.model is not None
@@ -128,8 +149,13 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm (trainer.gradient_clip_val) and log the norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
+        """Clip by the global norm (or by value, as trainer.gradient_clip_algorithm says); log the norm before it."""
+        by_value = gradient_clip_algorithm == "value"
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters(), float("inf") if by_value else gradient_clip_val or float("inf")
+        )
+        if by_value and gradient_clip_val:
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
         self.log("optim/grad_norm", norm)
         self.log("optim/lr", optimizer.param_groups[0]["lr"])
 

@@ -27,6 +27,7 @@ class MetricsFile(Logger):
     def __init__(self, folder: RunFolder) -> None:
         super().__init__()
         self.folder = folder
+        self._last: Any = None  # step and names of the newest row, which may come twice
 
     @property
     def name(self) -> str:
@@ -45,6 +46,9 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Write one line."""
+        if (step, metrics.keys()) == self._last:
+            return
+        self._last = (step, metrics.keys())
         row = {"step": step, "time": round(time.time(), 3)}
         row |= {key: float(value) for key, value in metrics.items() if key != "epoch"}
         self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -74,6 +78,7 @@ class SafeWandbLogger(WandbLogger):
         import wandb
 
         self._broken = False
+        self._last: Any = None
         super().__init__(
             name=f"{config.name}/{folder.id}",
             save_dir=str(folder.path),
@@ -124,7 +129,10 @@ class SafeWandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log to W&B, or stop trying after the first failure."""
+        """Log to W&B, or stop trying after the first failure; a row that comes twice is logged once."""
+        if (step, metrics.keys()) == self._last:
+            return
+        self._last = (step, metrics.keys())
         self._never_raise(lambda: super(SafeWandbLogger, self).log_metrics(metrics, step))
 
     @rank_zero_only
