@@ -79,25 +79,36 @@ def _spans(ends_E: Tensor) -> list[tuple[int, slice]]:
     return [(i, slice(start, end)) for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
 
 
+# oneDNN generates code for each new shape, so rows go to it in multiples of this.
+_ROWS = 32
+
+
 def _grouped_nt(a_NA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
-    if linear.suits_onednn(a_NA, w_EBA):
-        a_NA = a_NA.contiguous()
-        parts = [linear.onednn_nt(a_NA[rows], w_EBA[i]) for i, rows in _spans(ends_E)]
-        return torch.cat(parts) if parts else a_NA.new_empty(0, w_EBA.shape[1])
-    out_NB = a_NA.new_empty(a_NA.shape[0], w_EBA.shape[1])
+    n = a_NA.shape[0]
+    if not linear.suits_onednn(a_NA, w_EBA):
+        out_NB = a_NA.new_empty(n, w_EBA.shape[1])
+        for i, rows in _spans(ends_E):
+            torch.mm(a_NA[rows], w_EBA[i].t(), out=out_NB[rows])
+        return out_NB
+    a_NA, parts = a_NA.contiguous(), []
     for i, rows in _spans(ends_E):
-        torch.mm(a_NA[rows], w_EBA[i].t(), out=out_NB[rows])
-    return out_NB
+        # Round the rows up by a few of a neighbouring group's, whose results are dropped.
+        size = min(-(-(rows.stop - rows.start) // _ROWS) * _ROWS, n)
+        begin = min(rows.start, n - size)
+        part = linear.onednn_nt(a_NA[begin : begin + size], w_EBA[i])
+        parts.append(part[rows.start - begin : rows.stop - begin])
+    return torch.cat(parts) if parts else a_NA.new_empty(0, w_EBA.shape[1])
 
 
 def _grouped_tn(a_NA: Tensor, b_NB: Tensor, ends_E: Tensor) -> Tensor:
     out_EAB = a_NA.new_zeros(ends_E.shape[0], a_NA.shape[1], b_NB.shape[1])
     onednn = linear.suits_onednn(a_NA, b_NB)
     for i, rows in _spans(ends_E):
-        if onednn:
-            out_EAB[i] = linear.onednn_tn(a_NA[rows], b_NB[rows])
-        else:
-            torch.mm(a_NA[rows].t(), b_NB[rows], out=out_EAB[i])
+        split = rows.stop - (rows.stop - rows.start) % _ROWS if onednn else rows.start
+        if split > rows.start:
+            out_EAB[i] = linear.onednn_tn(a_NA[rows.start : split], b_NB[rows.start : split])
+        if split < rows.stop:
+            out_EAB[i].addmm_(a_NA[split : rows.stop].t(), b_NB[split : rows.stop])
     return out_EAB
 
 
