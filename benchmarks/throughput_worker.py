@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from benchmarks.contenders import CONTENDERS, shape_for
-from frugal.cli.memory import keep_freed_memory
 
+from frugal.cli.memory import keep_freed_memory
 from frugal.training.optim import AdamWConfig, build_optimizer
 
 

@@ -15,7 +15,7 @@ from frugal.errors import UserError
 from frugal.model.config import TransformerConfig
 from frugal.model.transformer import Transformer
 from frugal.schedule import WarmupStableDecay
-from frugal.training.compilation import compile_blocks
+from frugal.training.compilation import compile_blocks, require_compiler
 from frugal.training.losses import next_token_nll, summed_nll
 from frugal.training.metrics import TextLoss
 from frugal.training.optim import AdamWConfig, build_optimizer
@@ -50,6 +50,8 @@ class LanguageModel(pl.LightningModule):
         super().__init__()
         if loss_chunk is not None and loss_chunk < 0:
             raise UserError(f"model.loss_chunk: must not be negative, got {loss_chunk}")
+        if compile and not torch.cuda.is_available():
+            require_compiler("cpu")
         self.loss_chunk = loss_chunk
         self.config, self.optimizer_config, self.schedule = transformer, optimizer, schedule
         self.compile_blocks = compile
