@@ -44,7 +44,7 @@ def run(changes: dict) -> dict:
 
     from frugal.callbacks.expert_bias import updated_bias
     from frugal.callbacks.routing import load_metrics
-    from frugal.cli.train import keep_freed_memory
+    from frugal.cli.memory import keep_freed_memory
     from frugal.data.batches import EvaluationSequences, TrainingSequences
     from frugal.data.packing import prepare
     from frugal.data.sources import KingJames

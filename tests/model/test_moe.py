@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -6,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from frugal.errors import UserError
+from frugal.model import linear
 from frugal.model.config import MoEConfig, TransformerConfig
 from frugal.model.moe import MoE
 from frugal.model.router import Router
@@ -35,28 +37,25 @@ def loop_over_experts(moe: MoE, x: Tensor) -> Tensor:
     return out.view_as(x)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"top_k": 1},
-        {"top_k": 8},
-        {"n_shared_experts": 0},
-        {"score": "softmax", "normalize_weights": False},
-        {"routed_scaling": 2.5},
-    ],
-    ids=str,
-)
-def test_equals_a_loop_over_experts(tiny: TransformerConfig, changes: dict) -> None:
-    torch.manual_seed(0)
-    moe = build(tiny, **changes)
-    inputs = [torch.randn(3, 20, 32, requires_grad=True) for _ in range(1)]
-    inputs.append(inputs[0].detach().clone().requires_grad_())
+CHANGES: list[dict] = [
+    {},
+    {"top_k": 1},
+    {"top_k": 8},
+    {"n_shared_experts": 0},
+    {"score": "softmax", "normalize_weights": False},
+    {"routed_scaling": 2.5},
+]
+
+
+def assert_equals_the_loop(moe: MoE, function: Callable[[Tensor], Tensor]) -> None:
+    """Outputs, and gradients of input and of every weight, against the oracle."""
+    x = torch.randn(3, 20, 32)
     upstream = torch.randn(3, 20, 32)
     results = []
-    for x, function in zip(inputs, (moe, lambda x: loop_over_experts(moe, x)), strict=True):
+    for run in (function, lambda x: loop_over_experts(moe, x)):
         moe.zero_grad()
-        out = function(x)
+        x = x.detach().clone().requires_grad_()
+        out = run(x)
         out.backward(upstream)
         grads = {name: p.grad.clone() for name, p in moe.named_parameters()}
         results.append((out.detach(), x.grad, grads))
@@ -66,6 +65,25 @@ def test_equals_a_loop_over_experts(tiny: TransformerConfig, changes: dict) -> N
     assert grads.keys() == grads_loop.keys() and "router.weight" in grads
     for name in grads:
         torch.testing.assert_close(grads[name], grads_loop[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_equals_a_loop_over_experts(
+    tiny: TransformerConfig, changes: dict, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "ONEDNN", onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    torch.manual_seed(0)
+    moe = build(tiny, **changes)
+    assert_equals_the_loop(moe, moe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_compiled_equals_a_loop_over_experts(tiny: TransformerConfig, changes: dict) -> None:
+    torch.manual_seed(0)
+    moe = build(tiny, **changes)
+    assert_equals_the_loop(moe, torch.compile(moe, fullgraph=True))
 
 
 def test_an_expert_without_tokens_gets_no_gradient_and_harms_nobody(tiny: TransformerConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from frugal.callbacks.report import RunReport
 from frugal.callbacks.routing import RoutingMonitor
 from frugal.callbacks.samples import TextSamples
 from frugal.cli.errors import one_line, one_line_errors
+from frugal.cli.memory import keep_freed_memory
 from frugal.data.datamodule import TextDataModule
 from frugal.errors import UserError
 from frugal.tracking.run_folder import RunConfig, RunFolder, folder_of, new_run, newest_run
@@ -34,21 +34,6 @@ log = logging.getLogger(__name__)
 BASE_CONFIG = "configs/base.yaml"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 OPTIONS: set[str] = set()  # names of all options, filled by the parser, for suggestions
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of returning it after every step.
-
-    A training step allocates and frees the same large blocks again and again; handing each back to the kernel costs
-    tens of thousands of page faults a step on a CPU.
-    """
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
-        except OSError:
-            pass  # another C library
 
 
 class FrugalCLI(LightningCLI):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from frugal.model.cache import KVCache, causal_mask
 from frugal.model.config import TransformerConfig
+from frugal.model.linear import Linear
 from frugal.model.rope import apply_rotary
 
 
@@ -24,10 +25,10 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads, self.head_dim = attention.n_heads, attention.kv_heads, d_head
         self.qk_norm = attention.qk_norm
         d_q, d_kv = self.n_heads * d_head, self.n_kv_heads * d_head
-        self.wq = nn.Linear(config.d_model, d_q, bias=False)
-        self.wk = nn.Linear(config.d_model, d_kv, bias=False)
-        self.wv = nn.Linear(config.d_model, d_kv, bias=False)
-        self.wo = nn.Linear(d_q, config.d_model, bias=False)
+        self.wq = Linear(config.d_model, d_q)
+        self.wk = Linear(config.d_model, d_kv)
+        self.wv = Linear(config.d_model, d_kv)
+        self.wo = Linear(d_q, config.d_model)
         if self.qk_norm != "none":
             per_head = self.qk_norm == "head"
             self.q_norm = nn.RMSNorm(d_head if per_head else d_q, eps=config.norm_eps)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frugal.model.config import TransformerConfig
+from frugal.model.grouped import dispatch, grouped_nt, grouped_tn
 
 
 class Routing(NamedTuple):
@@ -32,24 +33,29 @@ class _GroupedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, w13_EHD: Tensor, w2_EDI: Tensor, weights_TK: Tensor, order_N: Tensor, ends_E: Tensor
+        ctx: Any,
+        x_TD: Tensor,
+        w13_EHD: Tensor,
+        w2_EDI: Tensor,
+        weights_TK: Tensor,
+        order_N: Tensor,
+        inverse_N: Tensor,
+        ends_E: Tensor,
     ) -> Tensor:
         top_k = weights_TK.shape[1]
-        token_N = order_N.div(top_k, rounding_mode="floor")
-        inverse_N = torch.empty_like(order_N)
-        inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-        hidden_NH = F.grouped_mm(x_TD[token_N], w13_EHD.transpose(1, 2), offs=ends_E)
+        hidden_NH = grouped_nt(x_TD[order_N // top_k], w13_EHD, ends_E)
         gate_NI, up_NI = hidden_NH.chunk(2, dim=1)
         weight_N1 = weights_TK.flatten()[order_N].unsqueeze(1).to(x_TD.dtype)
-        out_ND = F.grouped_mm(F.silu(gate_NI) * up_NI * weight_N1, w2_EDI.transpose(1, 2), offs=ends_E)
-        ctx.save_for_backward(x_TD, w13_EHD, w2_EDI, weights_TK, order_N, ends_E, token_N, inverse_N, hidden_NH)
+        out_ND = grouped_nt(F.silu(gate_NI) * up_NI * weight_N1, w2_EDI, ends_E)
+        ctx.save_for_backward(x_TD, w13_EHD, w2_EDI, weights_TK, order_N, inverse_N, ends_E, hidden_NH)
         return out_ND[inverse_N].unflatten(0, (-1, top_k)).sum(dim=1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, w13_EHD, w2_EDI, weights_TK, order_N, ends_E, token_N, inverse_N, hidden_NH = ctx.saved_tensors
+        x_TD, w13_EHD, w2_EDI, weights_TK, order_N, inverse_N, ends_E, hidden_NH = ctx.saved_tensors
         needs_x, needs_w13, needs_w2, needs_weights = ctx.needs_input_grad[:4]
         top_k = weights_TK.shape[1]
+        token_N = order_N // top_k
         grad_ND = grads[0][token_N]
         gate_NI, up_NI = hidden_NH.chunk(2, dim=1)
         weight_N1 = weights_TK.flatten()[order_N].unsqueeze(1).to(x_TD.dtype)
@@ -58,9 +64,9 @@ class _GroupedSwiGLU(torch.autograd.Function):
         active_NI = silu_NI * up_NI
         grad_x = grad_w13 = grad_w2 = grad_weights = None
         if needs_w2:
-            grad_w2 = F.grouped_mm(grad_ND.t(), active_NI * weight_N1, offs=ends_E)
+            grad_w2 = grouped_tn(grad_ND, active_NI * weight_N1, ends_E)
         if needs_x or needs_w13 or needs_weights:
-            grad_active_NI = F.grouped_mm(grad_ND, w2_EDI, offs=ends_E)
+            grad_active_NI = grouped_nt(grad_ND, w2_EDI.transpose(1, 2), ends_E)
             if needs_weights:
                 grad_weight_N = (grad_active_NI * active_NI).sum(dim=1, dtype=weights_TK.dtype)
                 grad_weights = grad_weight_N[inverse_N].view_as(weights_TK)
@@ -69,11 +75,11 @@ class _GroupedSwiGLU(torch.autograd.Function):
                 (grad_active_NI * up_NI * (sigmoid_NI + silu_NI * (1 - sigmoid_NI)), grad_active_NI * silu_NI), dim=1
             )
             if needs_w13:
-                grad_w13 = F.grouped_mm(grad_hidden_NH.t(), x_TD[token_N], offs=ends_E)
+                grad_w13 = grouped_tn(grad_hidden_NH, x_TD[token_N], ends_E)
             if needs_x:
-                grad_rows_ND = F.grouped_mm(grad_hidden_NH, w13_EHD, offs=ends_E)
+                grad_rows_ND = grouped_nt(grad_hidden_NH, w13_EHD.transpose(1, 2), ends_E)
                 grad_x = grad_rows_ND[inverse_N].unflatten(0, (-1, top_k)).sum(dim=1)
-        return grad_x, grad_w13, grad_w2, grad_weights, None, None
+        return grad_x, grad_w13, grad_w2, grad_weights, None, None, None
 
 
 class Experts(nn.Module):
@@ -88,16 +94,11 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """Return the weighted sum of each token's experts [T, D], and how many rows each expert got [E]."""
-        flat_N = routing.experts_TK.flatten()
-        sorted_N, order_N = flat_N.sort(stable=True)
-        experts = torch.arange(self.w13.shape[0], device=x_TD.device)
-        # Where each expert's rows end: found in the sorted list, so that nothing waits for the device.
-        ends_E = torch.searchsorted(sorted_N, experts, right=True)
+        order_N, inverse_N, ends_E = dispatch(routing.experts_TK, self.w13.shape[0])
         load_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
         w13: Tensor = self.w13
         w2: Tensor = self.w2
         if torch.is_autocast_enabled(x_TD.device.type):
             dtype = torch.get_autocast_dtype(x_TD.device.type)
             x_TD, w13, w2 = x_TD.to(dtype), w13.to(dtype), w2.to(dtype)
-        out_TD = _GroupedSwiGLU.apply(x_TD, w13, w2, routing.weights_TK, order_N, ends_E.to(torch.int32))
-        return out_TD, load_E
+        return _GroupedSwiGLU.apply(x_TD, w13, w2, routing.weights_TK, order_N, inverse_N, ends_E), load_E

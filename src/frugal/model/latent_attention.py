@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from frugal.model.cache import KVCache, causal_mask
 from frugal.model.config import TransformerConfig
+from frugal.model.linear import Linear
 from frugal.model.rope import apply_rotary
 
 LATENT_NORM_EPS = 1e-6  # of the latents' own norms in every published model, whatever the other norms use
@@ -38,15 +39,15 @@ class LatentAttention(nn.Module):
         d_q = self.n_heads * (self.nope + self.rope)
         self.q_rank = latent.q_lora_rank
         if self.q_rank is None:
-            self.wq = nn.Linear(config.d_model, d_q, bias=False)
+            self.wq = Linear(config.d_model, d_q)
         else:
-            self.wq_down = nn.Linear(config.d_model, self.q_rank, bias=False)
+            self.wq_down = Linear(config.d_model, self.q_rank)
             self.q_norm = nn.RMSNorm(self.q_rank, eps=LATENT_NORM_EPS)
-            self.wq_up = nn.Linear(self.q_rank, d_q, bias=False)
-        self.wkv_down = nn.Linear(config.d_model, self.kv_rank + self.rope, bias=False)
+            self.wq_up = Linear(self.q_rank, d_q)
+        self.wkv_down = Linear(config.d_model, self.kv_rank + self.rope)
         self.kv_norm = nn.RMSNorm(self.kv_rank, eps=LATENT_NORM_EPS)
-        self.wkv_up = nn.Linear(self.kv_rank, self.n_heads * (self.nope + self.v_head_dim), bias=False)
-        self.wo = nn.Linear(self.n_heads * self.v_head_dim, config.d_model, bias=False)
+        self.wkv_up = Linear(self.kv_rank, self.n_heads * (self.nope + self.v_head_dim))
+        self.wo = Linear(self.n_heads * self.v_head_dim, config.d_model)
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
         """Attend from each position to itself and all earlier ones; [B, T, D] -> [B, T, D].

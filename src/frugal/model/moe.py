@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from frugal.model.config import TransformerConfig
 from frugal.model.experts import Experts
+from frugal.model.grouped import add_load
+from frugal.model.linear import Linear
 from frugal.model.router import Router, router_loss
 
 
@@ -19,9 +21,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_hidden: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(d_model, d_hidden, bias=False)
-        self.w3 = nn.Linear(d_model, d_hidden, bias=False)
-        self.w2 = nn.Linear(d_hidden, d_model, bias=False)
+        self.w1 = Linear(d_model, d_hidden)
+        self.w3 = Linear(d_model, d_hidden)
+        self.w2 = Linear(d_hidden, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the feed-forward to the last dimension."""
@@ -54,8 +56,7 @@ class MoE(nn.Module):
         routing = self.router.choose(logits_TE)
         out_TD, load_E = self.experts(x_TD, routing)
         if self.training:
-            with torch.no_grad():
-                self.load += load_E
+            add_load(self.load, load_E)
             if self.config.has_router_loss:
                 n_sequences = x_TD.shape[0] // x.shape[-2]
                 self.router_loss = router_loss(self.config, logits_TE, routing.experts_TK, self.load, n_sequences)

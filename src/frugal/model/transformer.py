@@ -16,6 +16,7 @@ from frugal.model.cache import KVCache
 from frugal.model.config import TransformerConfig
 from frugal.model.experts import Experts
 from frugal.model.latent_attention import LatentAttention
+from frugal.model.linear import Linear
 from frugal.model.moe import MoE, SwiGLU
 from frugal.model.rope import rotary_table
 from frugal.model.router import Router
@@ -50,7 +51,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         attention = config.attention

@@ -15,7 +15,8 @@ from frugal.errors import UserError
 from frugal.model.config import TransformerConfig
 from frugal.model.transformer import Transformer
 from frugal.schedule import WarmupStableDecay
-from frugal.training.losses import next_token_nll
+from frugal.training.compilation import compile_blocks, require_compiler
+from frugal.training.losses import next_token_nll, summed_nll
 from frugal.training.metrics import TextLoss
 from frugal.training.optim import AdamWConfig, build_optimizer
 
@@ -35,6 +36,7 @@ class LanguageModel(pl.LightningModule):
         optimizer: AdamW's settings.
         schedule: the learning rate over the steps of the run (trainer.max_steps).
         compile: compile each block with torch.compile (needs a C++ compiler on CPU).
+        loss_chunk: positions whose logits exist at once in training; 0 keeps all logits; null chooses by device.
     """
 
     def __init__(
@@ -43,8 +45,14 @@ class LanguageModel(pl.LightningModule):
         optimizer: AdamWConfig,
         schedule: WarmupStableDecay,
         compile: bool = False,
+        loss_chunk: int | None = None,
     ) -> None:
         super().__init__()
+        if loss_chunk is not None and loss_chunk < 0:
+            raise UserError(f"model.loss_chunk: must not be negative, got {loss_chunk}")
+        if compile and not torch.cuda.is_available():
+            require_compiler("cpu")
+        self.loss_chunk = loss_chunk
         self.config, self.optimizer_config, self.schedule = transformer, optimizer, schedule
         self.compile_blocks = compile
         self.model: Transformer | None = None
@@ -59,8 +67,7 @@ class LanguageModel(pl.LightningModule):
         if self.model is None:
             self.model = Transformer(self.config)
             if self.compile_blocks:
-                for block in self.model.blocks:
-                    block.compile()
+                compile_blocks(self.model)
 
     def setup(self, stage: str) -> None:
         """Make the validation metric, which needs the tokenizer's bytes per token."""
@@ -84,7 +91,9 @@ class LanguageModel(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch of `input_ids` and `labels`, both [B, T]; labels of -100 do not count."""
         labels = batch["labels"]
-        nats = next_token_nll(self(batch["input_ids"]), labels).sum()
+        assert self.model is not None
+        hidden = self.model.hidden(batch["input_ids"])
+        nats = summed_nll(hidden, self.model.head.weight, labels, self.loss_chunk, fuse=self.compile_blocks)
         if self._step_nats is None or self._step_valid is None:
             self._micro_positions = labels.numel()
             self._step_nats, self._step_valid = torch.zeros_like(nats.detach()), torch.zeros_like(nats.detach())
