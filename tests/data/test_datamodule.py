@@ -86,7 +86,7 @@ def test_bad_values_name_their_key(key: str, value: float) -> None:
 
 def test_checkpoint_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     state = module(tmp_path).state_dict()
-    assert all(isinstance(value, str) for value in state.values())
+    assert all(isinstance(value, str | int) for value in state.values())  # loads with weights_only
     module(tmp_path).load_state_dict(state)
     with pytest.raises(UserError, match="another tokenizer"):
         module(tmp_path, vocab_size=290).load_state_dict(state)

@@ -1,4 +1,5 @@
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,14 +100,21 @@ def test_an_interrupted_preparation_leaves_no_cache(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def _prepare(path: str, cache: str) -> str:
-    return prepare(LocalText(path), TokenizerConfig(300), 0.2, cache).fingerprint
+PREPARE = """
+import sys
+from frugal.data.packing import prepare
+from frugal.data.sources import LocalText
+from frugal.data.tokenization import TokenizerConfig
+print(prepare(LocalText(sys.argv[1]), TokenizerConfig(300), 0.2, sys.argv[2]).fingerprint)
+"""
 
 
 def test_two_processes_at_once(source: LocalText, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        found = pool.starmap(_prepare, [(source.path, str(cache))] * 4)
+    command = [sys.executable, "-c", PREPARE, source.path, str(cache)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    found = [process.communicate(timeout=300)[0].strip() for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0]
     assert len(set(found)) == 1
     assert [folder.name for folder in cache.iterdir()] == [found[0][:16]]
 
@@ -144,6 +152,6 @@ def test_a_cache_folder_that_cannot_be_made_is_refused(source: LocalText, tmp_pa
 def test_the_tokenizer_never_sees_the_held_out_text(tmp_path: Path) -> None:
     """A word that only the last part has is no token, although it is frequent there."""
     (tmp_path / "a.txt").write_text("a plain line of words\n" * 300 + "zebrazebra\n" * 100)
-    prepared = prepare(LocalText(str(tmp_path / "a.txt")), TokenizerConfig(400), 0.1, str(tmp_path / "cache"))
+    prepared = prepare(LocalText(str(tmp_path / "a.txt")), TokenizerConfig(400), 0.15, str(tmp_path / "cache"))
     assert not any("zeb" in token for token in prepared.tokenizer.get_vocab())
     assert any("plain" in token for token in prepared.tokenizer.get_vocab())

@@ -113,7 +113,8 @@ class TextDataModule(pl.LightningDataModule):
                 f"{self._loaded['accumulate_grad_batches']} micro-batches; resume with that number"
             )
         self._start_step = self.trainer.global_step
-        self._first_sample = self._loaded.get("samples_seen", 0)
+        samples_per_step = accumulate * self.trainer.world_size * self.batch_size
+        self._first_sample = self._loaded.get("samples_seen", self._start_step * samples_per_step)
         sampler = StepSampler(
             start=self.trainer.global_step * accumulate,
             stop=self.trainer.max_steps * accumulate,
