@@ -106,6 +106,8 @@ class SafeWandbLogger(WandbLogger):
         import wandb
 
         make: Callable[[SafeWandbLogger], Any] = WandbLogger.experiment.fget  # type: ignore[attr-defined]
+        # wandb looks for git from the run's folder upwards, so the folder must be there.
+        Path(self._save_dir).mkdir(parents=True, exist_ok=True)
         try:
             return make(self)
         except Exception as error:
