@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_check.py OUT [--steps 300] [extra options of train.py ...]
 
-Writes OUT/gpu_check.md with one row per mode: validation loss after the same steps (they should agree within the noise of
-a seed), tokens/s, MFU, or the last line of the error. Without a GPU it runs the modes that a CPU has.
+Writes OUT/gpu_check.md with one row per mode: validation loss after the same steps (they should agree within the
+noise of a seed), tokens/s, MFU, or the last line of the error. Without a GPU it runs the modes that a CPU has.
 """
 
 import json
