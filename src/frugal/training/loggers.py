@@ -79,6 +79,7 @@ class SafeWandbLogger(WandbLogger):
 
         self._broken = False
         self._last: Any = None
+        self._folder = folder
         super().__init__(
             name=f"{config.name}/{folder.id}",
             save_dir=str(folder.path),
@@ -107,7 +108,7 @@ class SafeWandbLogger(WandbLogger):
 
         make: Callable[[SafeWandbLogger], Any] = WandbLogger.experiment.fget  # type: ignore[attr-defined]
         # wandb looks for git from the run's folder upwards, so the folder must be there.
-        Path(self._save_dir).mkdir(parents=True, exist_ok=True)
+        self._folder.path.mkdir(parents=True, exist_ok=True)
         try:
             return make(self)
         except Exception as error:
