@@ -52,13 +52,13 @@ def resident_gib(key: str) -> float:
     return int(line.split()[1]) / 2**20
 
 
+def answer(**values: Any) -> None:
+    print(json.dumps(values), flush=True)
+
+
 def main() -> None:
     name, device, n_experts, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]) or None, int(sys.argv[4])
     keep_freed_memory()
-
-    def answer(**values: Any) -> None:
-        print(json.dumps(values), flush=True)
-
     if name == "matmul":
         answer(ready=True)
         for _ in sys.stdin:
@@ -107,4 +107,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:  # whatever it is, the table should name it and go on
+        answer(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
