@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_check.py OUT [--steps 300] [extra options of train.py ...]
 
-Writes OUT/gpu_check.md with one row per mode: validation loss after the same steps (they should agree within the
+First the experts on every path against a plain loop (OUT/paths.md), last the throughput table beside the peers
+(OUT/throughput_*.md). Between them OUT/gpu_check.md with one row per mode: validation loss after the same steps (they should agree within the
 noise of a seed), tokens/s, MFU, or the last line of the error. Without a GPU it runs the modes that a CPU has.
 """
 
@@ -26,6 +27,8 @@ def main(out: str, *options: str) -> None:
         steps, options = options[1], options[2:]
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else "cpu"
+    scripts = Path(__file__).parent
+    subprocess.run([sys.executable, str(scripts / "check_paths.py"), out])  # a mismatch is written down; go on
     table = [
         f"`python benchmarks/gpu_check.py` on {device}, torch {torch.__version__}, {steps} steps {' '.join(options)}\n",
         "| precision | compiled | val loss | tokens/s | MFU | error |",
@@ -48,6 +51,7 @@ def main(out: str, *options: str) -> None:
             table.append(f"| {precision} | {compiled} | {row} | |")
         print(table[-1], flush=True)
     (folder / "gpu_check.md").write_text("\n".join(table) + "\n")
+    subprocess.run([sys.executable, str(scripts / "throughput.py"), "--out", out, "--rounds", "5"])
 
 
 if __name__ == "__main__":
