@@ -3,8 +3,9 @@
     python benchmarks/gpu_check.py OUT [--steps 300] [extra options of train.py ...]
 
 First the experts on every path against a plain loop (OUT/paths.md), last the throughput table beside the peers
-(OUT/throughput_*.md). Between them OUT/gpu_check.md with one row per mode: validation loss after the same steps (they should agree within the
-noise of a seed), tokens/s, MFU, or the last line of the error. Without a GPU it runs the modes that a CPU has.
+(OUT/throughput_*.md). Between them OUT/gpu_check.md with one row per mode: validation loss after the same steps (they
+should agree within the noise of a seed), tokens/s, MFU, or the last line of the error. Without a GPU it runs the modes
+that a CPU has.
 """
 
 import json

@@ -201,8 +201,9 @@ def describe(device: str, shapes: dict[int, Shape], peaks: dict[str, float], com
         f"{transformers.__version__}, {'bfloat16 autocast' if device == 'cuda' else 'float32'}.",
         "",
         f"d_model {config.d_model}, {config.n_layers} layers (first dense), {config.attention.n_heads} heads, "
-        f"vocabulary {config.vocab_size}, {shape.batch_size} sequences of {shape.seq_len}, top-{moe.top_k} of the experts "
-        f"+ {moe.n_shared_experts} shared, expert width {moe.d_expert}; {shape.flops_per_step / 1e9:,.0f} GFLOP/step. "
+        f"vocabulary {config.vocab_size}, {shape.batch_size} sequences of {shape.seq_len}, "
+        f"top-{moe.top_k} of the experts + {moe.n_shared_experts} shared of width {moe.d_expert}; "
+        f"{shape.flops_per_step / 1e9:,.0f} GFLOP/step. "
         + "Matmul peak of this run: "
         + ", ".join(f"{library} {value * 1e3:,.0f} GFLOP/s" for library, value in peaks.items())
         + f". Ratios are to {REFERENCE}.",

@@ -30,6 +30,8 @@ def _onednn_is_faster() -> bool:
 
 
 ONEDNN = _onednn_is_faster()
+# Below so many multiply-adds oneDNN's overhead (and for a^T b its copies) cost more than its kernels save.
+SMALL_NT, SMALL_TN = 4_000_000, 12_000_000
 
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -46,13 +48,16 @@ def suits_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def onednn_nt(a_NK: Tensor, b_JK: Tensor) -> Tensor:
     """a b^T, contiguous; b may have any strides, a is copied if it is not contiguous."""
+    if a_NK.numel() * b_JK.shape[0] < SMALL_NT:
+        return torch.mm(a_NK, b_JK.t())
     return torch.ops.mkldnn._linear_pointwise(a_NK, b_JK, None, "none", [], "")
 
 
 def onednn_tn(a_NJ: Tensor, b_NK: Tensor) -> Tensor:
     """a^T b, contiguous, copying as little as possible."""
-    n, j = a_NJ.shape
-    k = b_NK.shape[1]
+    (n, j), k = a_NJ.shape, b_NK.shape[1]
+    if n * j * k < SMALL_TN or min(j, k) < 128:
+        return torch.mm(a_NJ.t(), b_NK)
     if n * j <= n * k + j * k:
         return onednn_nt(a_NJ.t().contiguous(), b_NK.t())
     return onednn_nt(b_NK.t().contiguous(), a_NJ.t()).t().contiguous()
