@@ -216,6 +216,7 @@ class CostMeter(pl.Callback):
             "params_total": counts.total,
             "params_active": counts.active,
             "params_active_without_input_embedding": counts.active_without_input_embedding,
+            "params_applied": counts.applied,
             "tokens_per_second": self.tokens / train_seconds,
             "mfu": self._mfu(self.flops / train_seconds, trainer.world_size),
             "peak_tflops_measured": self.peak_flops / 1e12,

@@ -19,6 +19,7 @@ from frugal.model.counts import (
     kv_cache_bytes_per_token,
     state_memory,
 )
+from frugal.model.sharing_config import SharingConfig
 
 __all__ = [
     "AttentionConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "Flops",
     "LatentConfig",
     "MoEConfig",
+    "SharingConfig",
     "StateMemory",
     "TransformerConfig",
     "YarnConfig",
@@ -130,15 +132,16 @@ class TransformerConfig:
     Args:
         vocab_size: rows of the embedding; linked to data.tokenizer.vocab_size.
         d_model: width of the residual stream.
-        n_layers: blocks.
+        n_layers: layers that a token passes; with `sharing`, several of them use one block.
         d_ff: hidden width of a dense SwiGLU feed-forward.
         attention: the attention's shape.
         moe: the mixture's shape, or null for a dense model.
+        sharing: which layers share their weights; null: none do.
         max_seq_len: longest sequence; linked to data.seq_len.
         tie_embeddings: use the embedding as the output head too.
         norm_eps: epsilon of every RMSNorm.
         init_std: standard deviation of the initial weights; projections back into the residual stream get
-            init_std / sqrt(2 n_layers) (GPT-2).
+            init_std / sqrt(2 n_layers) (GPT-2), where shared layers count each time they are applied.
     """
 
     vocab_size: int
@@ -151,6 +154,7 @@ class TransformerConfig:
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
     init_std: float = 0.02
+    sharing: SharingConfig | None = None
 
     def __post_init__(self) -> None:
         key = "model.transformer"
@@ -162,6 +166,14 @@ class TransformerConfig:
             self.moe is None or self.moe.first_k_dense < self.n_layers,
             f"{key}.moe.first_k_dense: leaves none of the {self.n_layers} layers to the experts; set moe to null",
         )
+        first: dict[int, int] = {}
+        for layer, block in enumerate(self.layer_map):
+            other = first.setdefault(block, layer)
+            require(
+                self.is_moe(layer) == self.is_moe(other),
+                f"{key}.sharing: layers {other} and {layer} share a block, but moe.first_k_dense makes only the first "
+                "dense; add to the prelude",
+            )
         if self.attention.latent:
             return
         heads = self.attention.n_heads
@@ -182,6 +194,15 @@ class TransformerConfig:
         return self.attention.latent.qk_rope_head_dim if self.attention.latent else self.head_dim
 
     @property
+    def layer_map(self) -> tuple[int, ...]:
+        """The block that each layer uses; without sharing, layer i uses block i."""
+        return self.sharing.layer_map(self.n_layers) if self.sharing else tuple(range(self.n_layers))
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether this layer's feed-forward is a mixture."""
+        return self.moe is not None and layer >= self.moe.first_k_dense
+
+    @property
     def n_moe_layers(self) -> int:
         """Blocks whose feed-forward is a mixture."""
         return max(self.n_layers - self.moe.first_k_dense, 0) if self.moe else 0
@@ -197,4 +218,8 @@ class TransformerConfig:
         values["attention"] = AttentionConfig(**attention)
         if values.get("moe"):
             values["moe"] = MoEConfig(**values["moe"])
+        if values.get("sharing"):
+            sharing = dict(values["sharing"])
+            sharing["layers"] = tuple(sharing["layers"]) if sharing["layers"] else None
+            values["sharing"] = SharingConfig(**sharing)
         return TransformerConfig(**values)

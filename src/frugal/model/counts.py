@@ -16,59 +16,90 @@ if TYPE_CHECKING:
 class Counts:
     """Parameters of a transformer.
 
-    `active` counts what one token uses, in the field's three conventions: with all embeddings, without the input
-    embedding, and without both embedding and output head.
+    `total` counts every stored parameter once. `active` counts what one token uses, once however many layers share
+    it, in the field's three conventions: with all embeddings, without the input embedding, and without both embedding
+    and output head. `applied` is the first of these with a shared block counted at every layer that uses it, which is
+    what compute follows; without sharing it equals `active`.
     """
 
     total: int
     active: int
     active_without_input_embedding: int
     active_without_embeddings: int
+    applied: int
 
 
-def _attention_parameters(config: TransformerConfig) -> tuple[int, int]:
-    """Weights of one layer's projections, and of its norms."""
+def _linears(config: TransformerConfig, is_moe: bool) -> tuple[list[tuple[int, int]], int]:
+    """(inputs, outputs) of every matrix of a layer that all tokens use, but the router; and its norms' weights."""
     attention, d = config.attention, config.d_model
     heads = attention.n_heads
     if latent := attention.latent:
         d_q = heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
-        q = latent.q_lora_rank * (d + d_q) if latent.q_lora_rank else d * d_q
-        kv_down = d * (latent.kv_lora_rank + latent.qk_rope_head_dim)
-        kv_up = latent.kv_lora_rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim)
-        return q + kv_down + kv_up + heads * latent.v_head_dim * d, (latent.q_lora_rank or 0) + latent.kv_lora_rank
-    d_q, d_kv = heads * config.head_dim, attention.kv_heads * config.head_dim
-    norms = {"none": 0, "head": 2 * config.head_dim, "full": d_q + d_kv}[attention.qk_norm]
-    return 2 * d * (d_q + d_kv), norms
+        rank = latent.q_lora_rank
+        matrices = [(d, rank), (rank, d_q)] if rank else [(d, d_q)]
+        matrices += [
+            (d, latent.kv_lora_rank + latent.qk_rope_head_dim),
+            (latent.kv_lora_rank, heads * (latent.qk_nope_head_dim + latent.v_head_dim)),
+            (heads * latent.v_head_dim, d),
+        ]
+        norms = (rank or 0) + latent.kv_lora_rank
+    else:
+        d_q, d_kv = heads * config.head_dim, attention.kv_heads * config.head_dim
+        matrices = [(d, d_q), (d, d_kv), (d, d_kv), (d_q, d)]
+        norms = {"none": 0, "head": 2 * config.head_dim, "full": d_q + d_kv}[attention.qk_norm]
+    width = config.moe.shared_width if config.moe and is_moe else config.d_ff
+    if width:
+        matrices += [(d, width), (d, width), (width, d)]
+    return matrices, norms + 2 * d
 
 
-def _by_kind(config: TransformerConfig) -> tuple[int, int, int, int]:
-    """Active weights without embeddings that multiply, norms' weights, routers' biases, and idle experts' weights."""
-    d, layers = config.d_model, config.n_layers
-    projections, attention_norms = _attention_parameters(config)
-    matrices = layers * projections + (layers - config.n_moe_layers) * 3 * d * config.d_ff
-    norms = layers * (attention_norms + 2 * d) + d
-    idle = biases = 0
-    if moe := config.moe:
-        expert = 3 * d * moe.d_expert
-        router_and_shared = moe.n_experts * d + 3 * d * moe.shared_width
-        matrices += config.n_moe_layers * (router_and_shared + moe.top_k * expert)
-        idle = config.n_moe_layers * (moe.n_experts - moe.top_k) * expert
-        biases = config.n_moe_layers * moe.n_experts * moe.expert_bias
-    return matrices, norms, biases, idle
+@dataclass
+class _Tally:
+    """Weights without embeddings that multiply a token, norms' weights, routers' biases, and idle experts' weights."""
+
+    matrices: int = 0
+    norms: int = 0
+    biases: int = 0
+    idle: int = 0
+
+
+def _tally(config: TransformerConfig, unique: bool) -> _Tally:
+    """Add up the layers as applied, or each stored parameter once."""
+    tally, sharing, layer_map = _Tally(norms=config.d_model), config.sharing, config.layer_map
+    for layer, block in enumerate(layer_map):
+        matrices, norms = _linears(config, config.is_moe(layer))
+        uses = layer_map.count(block)
+        stored = not unique or layer_map.index(block) == layer
+        if stored or (sharing and sharing.own_norms):
+            tally.norms += norms
+        if stored:
+            tally.matrices += sum(i * o for i, o in matrices)
+        if sharing and uses > 1:
+            tally.matrices += sharing.rank * sum(i + o for i, o in matrices)
+        if (moe := config.moe) and config.is_moe(layer):
+            tally.biases += moe.n_experts * moe.expert_bias  # every layer's own
+            if stored:
+                expert = 3 * config.d_model * moe.d_expert
+                # A token may choose other experts each time the block is applied.
+                used = min(moe.n_experts, moe.top_k * uses) if unique else moe.top_k
+                tally.matrices += moe.n_experts * config.d_model + used * expert
+                tally.idle += (moe.n_experts - used) * expert
+    return tally
 
 
 def count_parameters(config: TransformerConfig) -> Counts:
     """Count parameters, the routers' balancing biases among them, as DeepSeek-V3's published total does."""
-    matrices, norms, biases, idle = _by_kind(config)
-    body = matrices + norms + biases
+    stored, applied = _tally(config, unique=True), _tally(config, unique=False)
+    body = stored.matrices + stored.norms + stored.biases
     embedding = config.vocab_size * config.d_model
-    active = body + embedding * (1 if config.tie_embeddings else 2)
+    tables = embedding * (1 if config.tie_embeddings else 2)
     return Counts(
-        total=active + idle,
-        active=active,
+        total=body + tables + stored.idle,
+        active=body + tables,
         # A tied table still works as the head, so only its role as a look-up is left out.
         active_without_input_embedding=body + embedding,
         active_without_embeddings=body,
+        applied=applied.matrices + applied.norms + applied.biases + tables,
     )
 
 
@@ -89,14 +120,14 @@ def flops_per_token(config: TransformerConfig, seq_len: int) -> Flops:
     """FLOPs of one token in a training step, matrix products only.
 
     Every weight that multiplies a token costs 2 FLOPs forward and 4 backward (gradients of input and of weight):
-    2 N and 4 N with N the active parameters without the input embedding (Kaplan et al. 2020, section 2.1), less the
+    2 N and 4 N with N the applied parameters without the input embedding (Kaplan et al. 2020, section 2.1), less the
     norms, which are no matrix products. Causal attention adds, per layer and token, the products of queries with
     keys and of probabilities with values over (seq_len + 1) / 2 positions on average: 2 n_heads (d_qk + d_v) per
     position forward and twice that backward (Dao 2023 counts the causal half likewise). In this convention DeepSeek-V3
     costs 250 GFLOPs per token at 4,096 tokens, the figure of its authors (Zhao et al. 2025, arXiv 2505.09343, table 2).
     """
     attention, d_head = config.attention, config.head_dim
-    matrices, *_ = _by_kind(config)
+    matrices = _tally(config, unique=False).matrices
     latent = attention.latent
     widths = latent.qk_nope_head_dim + latent.qk_rope_head_dim + latent.v_head_dim if latent else 2 * d_head
     scores = config.n_layers * 2 * attention.n_heads * widths * (seq_len + 1) / 2
@@ -139,5 +170,5 @@ def state_memory(
     The routers' biases have no gradient and no moments; everything else takes 16 bytes by default.
     """
     total = count_parameters(config).total
-    trained = total - _by_kind(config)[2]
+    trained = total - _tally(config, unique=True).biases
     return StateMemory(total * weight_bytes, trained * gradient_bytes, 2 * trained * moment_bytes)

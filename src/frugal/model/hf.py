@@ -16,6 +16,7 @@ from torch import Tensor
 from frugal.errors import UserError
 from frugal.model.config import TransformerConfig
 from frugal.model.hf_config import from_hf_config, hf_architecture, to_hf_config
+from frugal.model.sharing import without_sharing
 
 ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
 LATENT_ATTENTION = {
@@ -86,9 +87,12 @@ def _permute_rotary(config: TransformerConfig, state: dict[str, Tensor], to_inte
 
 
 def to_hf(config: TransformerConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and reorder a Transformer's state_dict for the architecture that `hf_architecture` names."""
+    """Rename and reorder a Transformer's state_dict for the architecture that `hf_architecture` names.
+
+    Shared blocks are written out as copies, their layers' low-rank corrections added in.
+    """
     kind = hf_architecture(config)
-    ours = dict(state)
+    ours = without_sharing(state) if config.sharing else dict(state)
     if config.attention.latent:
         _permute_rotary(config, ours, to_interleaved=True)
     theirs = {name_theirs: ours[name_ours] for name_ours, name_theirs in _names(config)}

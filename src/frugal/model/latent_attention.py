@@ -83,7 +83,7 @@ class LatentAttention(nn.Module):
 
         Never makes the S keys and values of all heads (DeepSeek-V2, section 2.1.2, "absorbed").
         """
-        w_HER = self.wkv_up.weight.unflatten(0, (self.n_heads, -1))
+        w_HER = self.wkv_up.full_weight().unflatten(0, (self.n_heads, -1))
         w_k_HNR, w_v_HVR = w_HER.split((self.nope, self.v_head_dim), dim=1)
         q_BHTQ = torch.cat((q_BHTN @ w_k_HNR.to(q_BHTN.dtype), q_BHTP), dim=-1)
         k_BHSQ = torch.cat((latent_B1SR, k_B1SP), dim=-1).expand(-1, self.n_heads, -1, -1)

@@ -133,3 +133,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return linear(x, self.weight)
+
+    def full_weight(self) -> Tensor:
+        """The matrix that `forward` multiplies with, [out_features, in_features]."""
+        return self.weight

@@ -20,6 +20,7 @@ from frugal.model.linear import Linear
 from frugal.model.moe import MoE, SwiGLU
 from frugal.model.rope import rotary_table
 from frugal.model.router import Router
+from frugal.model.sharing import LowRankLinear, add_low_rank, shared_layers, tie_blocks
 
 
 class Block(nn.Module):
@@ -30,8 +31,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = LatentAttention(config) if config.attention.latent else Attention(config)
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        is_moe = config.moe is not None and layer >= config.moe.first_k_dense
-        self.ffn: nn.Module = MoE(config) if is_moe else SwiGLU(config.d_model, config.d_ff)
+        self.ffn: nn.Module = MoE(config) if config.is_moe(layer) else SwiGLU(config.d_model, config.d_ff)
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -52,14 +52,23 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = Linear(config.d_model, config.vocab_size)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        if config.sharing and config.sharing.rank:
+            for layer in shared_layers(config.sharing, config.n_layers):
+                add_low_rank(self.blocks[layer], config.sharing.rank)
+        self._tie()
         attention = config.attention
         cos, sin = rotary_table(config.rotary_dim, config.max_seq_len, attention.rope_theta, attention.rope_scaling)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         if self.embedding.weight.device.type != "meta":
             init_weights(self)
+
+    def _tie(self) -> None:
+        """Make one parameter of those that are the same by the config."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if self.config.sharing:
+            tie_blocks(self.blocks, self.config.layer_map, self.config.sharing.own_norms)  # type: ignore[arg-type]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move or cast the weights, but keep the buffers (rotary tables, biases, loads) in float32.
@@ -68,6 +77,7 @@ class Transformer(nn.Module):
         """
         exact = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
         super()._apply(fn, recurse)
+        self._tie()  # leaving the meta device makes new parameters
         for name, moved in list(self.named_buffers()):
             if name in exact and moved.dtype != torch.float32 and not moved.is_meta:
                 owner = self.get_submodule(name.rpartition(".")[0])
@@ -132,6 +142,9 @@ def init_weights(model: Transformer) -> None:
         elif isinstance(module, Experts):
             nn.init.normal_(module.w13, std=std)
             nn.init.normal_(module.w2, std=std_out)
+        if isinstance(module, LowRankLinear):
+            nn.init.normal_(module.down, std=std)
+            nn.init.zeros_(module.up)
     for module in model.modules():
         if isinstance(module, Attention | LatentAttention):
             nn.init.normal_(module.wo.weight, std=std_out)

@@ -23,11 +23,13 @@ def duration(seconds: float) -> str:
 
 def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str, str]]:
     """The card's lines as (label, text), from `summary.json` and the paths to show."""
+    active = summary["params_active"]
     rows = [
         (
             "parameters",
-            f"{short(summary['params_total'])} total, {short(summary['params_active'])} active per token "
-            f"({short(summary['params_active_without_input_embedding'])} without the input embedding)",
+            f"{short(summary['params_total'])} total, {short(active)} active per token "
+            f"({short(summary['params_active_without_input_embedding'])} without the input embedding)"
+            + (f", {short(applied)} applied" if (applied := summary.get("params_applied", active)) != active else ""),
         ),
         ("trained on", f"{short(summary['tokens_seen'])} tokens in {summary['global_step']:,} steps"),
         (

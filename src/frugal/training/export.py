@@ -10,7 +10,7 @@ from frugal.training.inference import load_for_inference
 
 
 def export_checkpoint(checkpoint: str, folder: str) -> str:
-    """Write weights, config and tokenizer into `folder`; returns the name of the architecture.
+    """Write weights, config and tokenizer into `folder`; returns the architecture's name and what was unfolded.
 
     Args:
         checkpoint: a .ckpt file, or a run's folder.
@@ -28,4 +28,6 @@ def export_checkpoint(checkpoint: str, folder: str) -> str:
         tokenizer_object=tokenizer, eos_token=EOT, model_max_length=model.config.max_seq_len
     )
     wrapped.save_pretrained(folder)
+    if (blocks := len(set(model.config.layer_map))) < model.config.n_layers:
+        return f"{architecture} ({model.config.n_layers} layers of {blocks} blocks, shared ones as copies)"
     return architecture
