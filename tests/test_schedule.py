@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frugal.errors import UserError
-from frugal.schedule import WarmupStableDecay
+from frugal.schedule import Ramp, WarmupStableDecay
 
 
 def test_values_by_hand() -> None:
@@ -39,3 +39,19 @@ def test_rises_once_falls_once_and_stays_in_range(
 def test_impossible_values_name_their_key(kwargs: dict, key: str) -> None:
     with pytest.raises(UserError, match=key):
         WarmupStableDecay(**kwargs)
+
+
+def test_ramp_rises_stays_and_falls() -> None:
+    ramp = Ramp(0.8, start=2, ramp_in=3, stop=12, ramp_out=1)
+    values = [ramp.at(step) for step in range(14)]
+    assert values == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.4, 0, 0])
+    assert Ramp().at(0) == Ramp().at(10**9) == 1
+    assert Ramp(0.5, start=3).at(2) == 0 and Ramp(0.5, start=3).at(3) == 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [{"start": -1}, {"ramp_in": -1}, {"ramp_out": 2}, {"stop": 3, "start": 1, "ramp_in": 3}]
+)
+def test_impossible_ramps_are_refused(options: dict) -> None:
+    with pytest.raises(UserError, match=r"ramp\."):
+        Ramp(**options)

@@ -44,3 +44,39 @@ class WarmupStableDecay:
         done = 1 - max(remaining, 0) / decay_steps
         fall = {"linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2, "1-sqrt": math.sqrt(done)}[self.shape]
         return 1 - (1 - self.final) * fall
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A value that rises linearly from 0, stays, and falls linearly back to 0.
+
+    Args:
+        value: the plateau; the whole run by default.
+        start: first step with a value above 0.
+        ramp_in: steps over which it rises, counted from start; 0 is at once.
+        stop: first step that is at 0 again; null means never.
+        ramp_out: steps before stop over which it falls.
+    """
+
+    value: float = 1.0
+    start: int = 0
+    ramp_in: int = 0
+    stop: int | None = None
+    ramp_out: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("start", "ramp_in", "ramp_out"):
+            if getattr(self, key) < 0:
+                raise UserError(f"ramp.{key}: must not be negative, got {getattr(self, key)}")
+        if self.stop is None and self.ramp_out:
+            raise UserError(f"ramp.ramp_out: {self.ramp_out} steps before which step? set ramp.stop")
+        if self.stop is not None and self.stop < self.start + self.ramp_in + self.ramp_out:
+            raise UserError(f"ramp.stop: must be at least start + ramp_in + ramp_out, got {self.stop}")
+
+    def at(self, step: int) -> float:
+        """The value at a step."""
+        if step < self.start or (self.stop is not None and step >= self.stop):
+            return 0.0
+        rise = (step - self.start + 1) / (self.ramp_in + 1)
+        fall = (self.stop - step) / (self.ramp_out + 1) if self.stop is not None else 1.0
+        return self.value * min(1.0, rise, fall)

@@ -22,14 +22,22 @@ class TokenizerConfig:
         vocab_size: size of a newly trained vocabulary (at least 257: all bytes and the end-of-text token).
         path: a tokenizer.json, or a folder that holds one, to load instead of training; its vocabulary must not be
             larger than vocab_size.
+        special_tokens: further tokens of a newly trained vocabulary, beside the end-of-text token; text transforms add
+            what they need themselves.
     """
 
     vocab_size: int = 4096
     path: str | None = None
+    special_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.vocab_size < 257:
             raise UserError(f"data.tokenizer.vocab_size: must be at least 257 (bytes and end), got {self.vocab_size}")
+        if self.vocab_size < 257 + len(self.special_tokens):
+            raise UserError(
+                f"data.tokenizer.vocab_size: {self.vocab_size} has no room for all bytes, the end and "
+                f"{len(self.special_tokens)} special tokens"
+            )
 
     @property
     def file(self) -> Path | None:
@@ -50,7 +58,7 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=[EOT],
+        special_tokens=list(dict.fromkeys([EOT, *config.special_tokens])),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

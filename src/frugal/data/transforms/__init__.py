@@ -1,0 +1,1 @@
+"""Augmentation: each transform is a deterministic function of (sample, seed, index); training only."""
