@@ -82,9 +82,10 @@ def test_cache_is_used_again_and_follows_every_setting(source: LocalText, tmp_pa
     assert prepare(source, TokenizerConfig(300), 0.2, cache).folder == first.folder
     assert (first.folder / "train.bin").stat().st_mtime_ns == written
     others = [prepare(source, TokenizerConfig(301), 0.2, cache), prepare(source, TokenizerConfig(300), 0.3, cache)]
+    others.append(prepare(source, TokenizerConfig(300, special_tokens=("<|mask|>",)), 0.2, cache))
     (tmp_path / "a.txt").write_text(LINES + "one more\n", encoding="utf-8")
     others.append(prepare(source, TokenizerConfig(300), 0.2, cache))
-    assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
 def test_an_interrupted_preparation_leaves_no_cache(

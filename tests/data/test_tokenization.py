@@ -60,3 +60,11 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no valid tokenizer"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_special_tokens_have_ids_and_stand_for_no_bytes() -> None:
+    tokenizer = train_tokenizer(["the <|mask|> cat\n" * 9], TokenizerConfig(300, special_tokens=("<|mask|>", EOT)))
+    assert [tokenizer.token_to_id(token) for token in (EOT, "<|mask|>")] == [0, 1]
+    assert token_byte_lengths(tokenizer)[:3].tolist() == [0, 0, 1]
+    with pytest.raises(UserError, match="258 has no room for all bytes, the end and 2 special tokens"):
+        TokenizerConfig(258, special_tokens=("a", "b"))

@@ -96,6 +96,7 @@ def fingerprint(source: Source, tokenizer: TokenizerConfig, val_fraction: float)
         "val_fraction": val_fraction,
         "tokenizers": tokenizers.__version__,
         "format": FORMAT_VERSION,
+        **({"special_tokens": tokenizer.special_tokens} if tokenizer.special_tokens else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
