@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frugal.errors import UserError
-from frugal.schedule import Ramp, WarmupStableDecay
+from frugal.schedule import LossWeight, Ramp, WarmupStableDecay
 
 
 def test_values_by_hand() -> None:
@@ -55,3 +55,13 @@ def test_ramp_rises_stays_and_falls() -> None:
 def test_impossible_ramps_are_refused(options: dict) -> None:
     with pytest.raises(UserError, match=r"ramp\."):
         Ramp(**options)
+
+
+def test_a_losss_weight_changes_once() -> None:
+    weight = LossWeight(0.3, final=0.1, final_fraction=0.25)
+    assert [weight.at(step, 8) for step in range(8)] == [0.3] * 6 + [0.1] * 2
+    assert {LossWeight(0.3).at(step, 8) for step in range(8)} == {0.3}
+    with pytest.raises(UserError, match=r"mtp_loss_weight\.final_fraction"):
+        LossWeight(final_fraction=2)
+    with pytest.raises(UserError, match="mtp_loss_weight"):
+        LossWeight(-1)

@@ -10,6 +10,33 @@ from frugal.errors import UserError
 
 
 @dataclass(frozen=True)
+class LossWeight:
+    """Weight of an additional loss, which may change once towards the end of a run.
+
+    Args:
+        start: weight from the first step (DeepSeek-V3 weighs multi-token prediction 0.3, and 0.1 in the last third).
+        final: weight in the last part of the run; null keeps the first.
+        final_fraction: last share of all steps that counts as that part.
+    """
+
+    start: float = 0.3
+    final: float | None = None
+    final_fraction: float = 0.32
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or (self.final is not None and self.final < 0):
+            raise UserError("model.mtp_loss_weight: start and final must not be negative")
+        if not 0 <= self.final_fraction <= 1:
+            raise UserError(f"model.mtp_loss_weight.final_fraction: must lie in [0, 1], got {self.final_fraction}")
+
+    def at(self, step: int, total_steps: int) -> float:
+        """The weight at the optimizer step number `step` (from 0) of `total_steps`."""
+        if self.final is None or step < total_steps * (1 - self.final_fraction):
+            return self.start
+        return self.final
+
+
+@dataclass(frozen=True)
 class WarmupStableDecay:
     """Learning-rate factor: linear warmup, a plateau, a decay at the end (WSD, Hu et al. 2024, arXiv 2404.06395).
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from frugal.cli.train import overlays_first
+from frugal.cli.train import null_as_mapping, overlays_first
 from frugal.schedule import WarmupStableDecay
 from frugal.tracking.run_folder import read_lines
 
@@ -103,6 +103,13 @@ main(["fit", "--config", "tiny.yaml", "--run.name", "cut", *sys.argv[2:]])
 """
 
 
+SHARED_AND_AHEAD = (
+    *("--model.transformer.n_layers", "4", "--model.transformer.n_mtp", "1", "--model.mtp_loss_weight.final", "0.1"),
+    *("--model.transformer.sharing.n_blocks", "1", "--model.transformer.sharing.prelude", "1"),
+    *("--model.transformer.sharing.rank", "2", "--model.transformer.sharing.own_norms", "true"),
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "extra"),
@@ -110,6 +117,7 @@ main(["fit", "--config", "tiny.yaml", "--run.name", "cut", *sys.argv[2:]])
         ("step 5", ()),
         ("step 7", ()),
         ("validation", ()),
+        ("step 5", SHARED_AND_AHEAD),
         (
             "step 7",
             ("--trainer.accumulate_grad_batches", "2", "--data.num_workers", "1", "--trainer.val_check_interval", "8"),
@@ -142,6 +150,7 @@ def test_two_processes_do_what_one_does(project: Path) -> None:
     folders = []
     for name, args in (("one", ["--data.batch_size", "8"]), ("two", two)):
         command = [sys.executable, train_py, "fit", "--config", "tiny.yaml", "--run.name", name, *args]
+        command += SHARED_AND_AHEAD
         subprocess.run(command, check=True, capture_output=True, cwd=project)
         folders.append(next(Path("runs", name).iterdir()))
     states = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for folder in folders]
@@ -239,6 +248,13 @@ def test_options_win_over_overlays_wherever_they_stand(train: Train, monkeypatch
     assert json.loads((folder / "summary.json").read_text())["global_step"] == 3
     assert overlays_first(["fit", "--a", "1", "-c", "x", "--config=y", "--b"]) == [
         "fit", "-c", "x", "--config=y", "--a", "1", "--b",
+    ]  # fmt: skip
+
+
+def test_a_nested_group_is_switched_off_on_the_command_line() -> None:
+    args = ["fit", "--model.transformer.moe", "null", "--model.init_args.transformer.sharing=None", "--model.x", "null"]
+    assert null_as_mapping(args) == [
+        "fit", '--model.transformer={"moe": null}', '--model.init_args.transformer={"sharing": null}', "--model.x=null",
     ]  # fmt: skip
 
 

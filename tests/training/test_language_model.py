@@ -132,6 +132,38 @@ def test_router_losses_are_per_position_however_the_step_is_cut_up(micro_batch: 
     ).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(("micro_batch", "accumulate"), [(8, 1), (1, 8), (4, 2)])
+def test_multi_token_prediction_is_weighed_as_in_the_paper(micro_batch: int, accumulate: int) -> None:
+    """DeepSeek-V3, eq. 24 and 25: each module's sum over the number of all tokens, times lambda / D."""
+    config = replace(CONFIG, n_mtp=2)
+    torch.manual_seed(0)
+    module = LanguageModel(config, AdamWConfig(), WarmupStableDecay())
+    module.configure_model()
+    module.train()
+    model, data = module.model, Sequences(8)
+    assert model is not None
+    valid = (data.labels != -100).sum()
+    hidden = model.hidden(data.ids)
+    main = F.cross_entropy(model.head(hidden).flatten(0, 1), data.labels.flatten(), ignore_index=-100)
+    total = main
+    for k, ahead in enumerate(model.mtp_hidden(hidden, data.ids), start=1):
+        logits = model.head(ahead)
+        nats = sum(
+            -logits[b, i].log_softmax(dim=-1)[data.labels[b, i + k]]
+            for b in range(8)
+            for i in range(12 - k)
+            if data.labels[b, i + k] != -100
+        )
+        total = total + 0.3 / 2 * nats / valid
+    total.backward()
+    trained, spy, loss = one_step(micro_batch, accumulate, config)
+    assert loss == pytest.approx(main.item(), abs=1e-5)  # train/loss is the main model's
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(spy.grads[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
+    assert spy.grads["model.mtp.1.proj.weight"].abs().max() > 0
+    assert trained.trainer.callback_metrics["train/mtp_loss_2"] > 1
+
+
 def test_the_balance_loss_of_the_step_counts_earlier_micro_batches() -> None:
     assert CONFIG.moe
     config = replace(CONFIG, moe=replace(CONFIG.moe, global_loss_coef=1.0))

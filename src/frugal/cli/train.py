@@ -213,6 +213,25 @@ def overlays_first(args: list[str]) -> list[str]:
     return [*others[:1], *overlays, *others[1:]]
 
 
+def null_as_mapping(args: list[str]) -> list[str]:
+    """Write `--model.transformer.moe null` as `--model.transformer {"moe": null}`.
+
+    jsonargparse hands the null of a nested group on as the string "None", and then refuses it.
+    """
+    found: list[str] = []
+    for arg in args:
+        if found and found[-1].startswith(("--model.", "--data.")) and "=" not in found[-1]:
+            found[-1:] = [f"{found[-1]}={arg}"]
+        else:
+            found.append(arg)
+    for i, arg in enumerate(found):
+        key, _, value = arg.partition("=")
+        parent, _, name = key.rpartition(".")
+        if value in ("null", "None") and "." in parent.replace(".init_args", ""):
+            found[i] = f'{parent}={{"{name}": null}}'
+    return found
+
+
 def main(args: list[str] | None = None) -> None:
     """Parse, instantiate and run one of fit, validate, test and predict."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -230,7 +249,11 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     keep_freed_memory()
     if args is None:
-        sys.argv[1:] = overlays_first(sys.argv[1:])  # in place: Lightning starts further processes from it
+        sys.argv[1:] = null_as_mapping(
+            overlays_first(sys.argv[1:])
+        )  # in place: Lightning starts further processes from it
+    else:
+        args = null_as_mapping(args)
     with one_line_errors(OPTIONS):
         if not Path(BASE_CONFIG).is_file():
             raise UserError(f"no {BASE_CONFIG} here: run from the project's root folder")

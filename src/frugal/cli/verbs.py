@@ -20,6 +20,7 @@ def generate(
     seed: int | None = None,
     num_samples: int = 1,
     device: str = "cpu",
+    speculative: bool = False,
 ) -> None:
     """Continue a prompt with a trained model.
 
@@ -32,11 +33,12 @@ def generate(
         seed: makes the samples repeatable.
         num_samples: how many continuations.
         device: cpu, cuda, mps.
+        speculative: let the model's multi-token prediction guess ahead (same tokens, fewer passes).
     """
     from frugal.training.inference import load_for_inference, sample_texts
 
     model, tokenizer = load_for_inference(checkpoint, device)
-    texts = sample_texts(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, num_samples)
+    texts = sample_texts(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, num_samples, speculative)
     print("\n---\n".join(texts))
 
 

@@ -38,6 +38,10 @@ class KVCache:
             buffer[:, :, start : self.length] = new
         return tuple(buffer[:, :, : self.length] for buffer in self.buffers)
 
+    def truncate(self, length: int) -> None:
+        """Forget the positions from `length` on."""
+        self.length = min(self.length, length)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""

@@ -137,6 +137,8 @@ class TransformerConfig:
         attention: the attention's shape.
         moe: the mixture's shape, or null for a dense model.
         sharing: which layers share their weights; null: none do.
+        n_mtp: modules that predict further tokens ahead in training, and draft them in generation (DeepSeek-V3,
+            section 2.2); 0 is off.
         max_seq_len: longest sequence; linked to data.seq_len.
         tie_embeddings: use the embedding as the output head too.
         norm_eps: epsilon of every RMSNorm.
@@ -155,16 +157,21 @@ class TransformerConfig:
     norm_eps: float = 1e-6
     init_std: float = 0.02
     sharing: SharingConfig | None = None
+    n_mtp: int = 0
 
     def __post_init__(self) -> None:
         key = "model.transformer"
         for name in ("vocab_size", "d_model", "n_layers", "d_ff", "max_seq_len"):
             require(getattr(self, name) > 0, f"{key}.{name}: must be positive, got {getattr(self, name)}")
-        for name in ("norm_eps", "init_std"):
+        for name in ("norm_eps", "init_std", "n_mtp"):
             require(getattr(self, name) >= 0, f"{key}.{name}: must not be negative, got {getattr(self, name)}")
         require(
             self.moe is None or self.moe.first_k_dense < self.n_layers,
             f"{key}.moe.first_k_dense: leaves none of the {self.n_layers} layers to the experts; set moe to null",
+        )
+        require(
+            self.n_mtp < self.max_seq_len,
+            f"{key}.n_mtp: {self.n_mtp} tokens ahead do not fit into {self.max_seq_len}",
         )
         first: dict[int, int] = {}
         for layer, block in enumerate(self.layer_map):

@@ -5,7 +5,7 @@ Imports neither torch nor the model; tests hold every figure against built model
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ class Counts:
     `total` counts every stored parameter once. `active` counts what one token uses, once however many layers share
     it, in the field's three conventions: with all embeddings, without the input embedding, and without both embedding
     and output head. `applied` is the first of these with a shared block counted at every layer that uses it, which is
-    what compute follows; without sharing it equals `active`.
+    what compute follows; without sharing it equals `active`. `mtp` counts the modules of multi-token prediction, which
+    none of the others includes, without the embedding and the head that they share.
     """
 
     total: int
@@ -27,6 +28,7 @@ class Counts:
     active_without_input_embedding: int
     active_without_embeddings: int
     applied: int
+    mtp: int = 0
 
 
 def _linears(config: TransformerConfig, is_moe: bool) -> tuple[list[tuple[int, int]], int]:
@@ -61,6 +63,11 @@ class _Tally:
     norms: int = 0
     biases: int = 0
     idle: int = 0
+
+    @property
+    def stored(self) -> int:
+        """All of them."""
+        return self.matrices + self.norms + self.biases + self.idle
 
 
 def _tally(config: TransformerConfig, unique: bool) -> _Tally:
@@ -100,20 +107,37 @@ def count_parameters(config: TransformerConfig) -> Counts:
         active_without_input_embedding=body + embedding,
         active_without_embeddings=body,
         applied=applied.matrices + applied.norms + applied.biases + tables,
+        mtp=_mtp_tally(config).stored,
     )
+
+
+def _mtp_tally(config: TransformerConfig) -> _Tally:
+    """Of all modules of multi-token prediction together."""
+    if not config.n_mtp:
+        return _Tally()
+    moe = replace(config.moe, first_k_dense=0) if config.moe else None  # behind the last layer all are mixtures
+    one = replace(config, n_layers=1, sharing=None, n_mtp=0, moe=moe)
+    tally = _tally(one, unique=True)  # its one final norm is the module's
+    tally.matrices += 2 * config.d_model**2
+    tally.norms += 2 * config.d_model
+    return _Tally(*(config.n_mtp * value for value in astuple(tally)))
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations per token at one sequence length (a multiply-add counts as two)."""
+    """Floating-point operations per token at one sequence length (a multiply-add counts as two).
+
+    `mtp` is what multi-token prediction adds to a training step, forward and backward.
+    """
 
     forward: float
     backward: float
+    mtp: float = 0.0
 
     @property
     def training(self) -> float:
-        """Forward and backward together."""
-        return self.forward + self.backward
+        """A whole training step: forward, backward, multi-token prediction."""
+        return self.forward + self.backward + self.mtp
 
 
 def flops_per_token(config: TransformerConfig, seq_len: int) -> Flops:
@@ -127,12 +151,19 @@ def flops_per_token(config: TransformerConfig, seq_len: int) -> Flops:
     costs 250 GFLOPs per token at 4,096 tokens, the figure of its authors (Zhao et al. 2025, arXiv 2505.09343, table 2).
     """
     attention, d_head = config.attention, config.head_dim
-    matrices = _tally(config, unique=False).matrices
     latent = attention.latent
     widths = latent.qk_nope_head_dim + latent.qk_rope_head_dim + latent.v_head_dim if latent else 2 * d_head
-    scores = config.n_layers * 2 * attention.n_heads * widths * (seq_len + 1) / 2
-    forward = 2 * (matrices + config.vocab_size * config.d_model) + scores
-    return Flops(forward=forward, backward=2 * forward)
+
+    def of(layers: int, matrices: int, positions: int) -> float:
+        scores = layers * 2 * attention.n_heads * widths * (positions + 1) / 2
+        return 2 * (matrices + config.vocab_size * config.d_model) + scores
+
+    forward = of(config.n_layers, _tally(config, unique=False).matrices, seq_len)
+    each = _mtp_tally(config).matrices // max(config.n_mtp, 1)
+    # The k-th module has no answer for the last k positions.
+    lengths = [max(seq_len - k, 0) for k in range(1, config.n_mtp + 1)]
+    mtp = sum(3 * of(1, each, length) * length / seq_len for length in lengths)
+    return Flops(forward=forward, backward=2 * forward, mtp=mtp)
 
 
 def kv_cache_bytes_per_token(config: TransformerConfig, bytes_per_element: int = 2) -> int:
@@ -169,6 +200,7 @@ def state_memory(
 
     The routers' biases have no gradient and no moments; everything else takes 16 bytes by default.
     """
-    total = count_parameters(config).total
-    trained = total - _tally(config, unique=True).biases
+    counts = count_parameters(config)
+    total = counts.total + counts.mtp
+    trained = total - _tally(config, unique=True).biases - _mtp_tally(config).biases
     return StateMemory(total * weight_bytes, trained * gradient_bytes, 2 * trained * moment_bytes)

@@ -11,6 +11,18 @@ from torch import Tensor
 from frugal.model.transformer import Transformer
 
 
+def distribution(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor:
+    """What `sample_token` draws from, as probabilities [B, V]."""
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits_BV.argmax(dim=-1), logits_BV.shape[-1]).float()
+    probabilities_BV = torch.softmax(logits_BV.float() / temperature, dim=-1)
+    sorted_BV, token_BV = probabilities_BV.sort(dim=-1, descending=True)
+    # A token stays if the ones before it have not yet reached top_p; the first always stays.
+    sorted_BV[sorted_BV.cumsum(dim=-1) - sorted_BV >= top_p] = 0.0
+    kept_BV = torch.zeros_like(probabilities_BV).scatter_(-1, token_BV, sorted_BV)
+    return kept_BV / kept_BV.sum(dim=-1, keepdim=True)
+
+
 def sample_token(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
     """Draw one token per row, [B]. Temperature 0 takes the likeliest.
 
@@ -19,12 +31,7 @@ def sample_token(logits_BV: Tensor, temperature: float, top_p: float, generator:
     """
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
-    probabilities_BV = torch.softmax(logits_BV.float() / temperature, dim=-1)
-    sorted_BV, token_BV = probabilities_BV.sort(dim=-1, descending=True)
-    # A token stays if the ones before it have not yet reached top_p; the first always stays.
-    sorted_BV[sorted_BV.cumsum(dim=-1) - sorted_BV >= top_p] = 0.0
-    choice_B1 = torch.multinomial(sorted_BV, 1, generator=generator)
-    return token_BV.gather(1, choice_B1).squeeze(1)
+    return torch.multinomial(distribution(logits_BV, temperature, top_p), 1, generator=generator).squeeze(1)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens, D d_model, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -18,6 +19,7 @@ from frugal.model.experts import Experts
 from frugal.model.latent_attention import LatentAttention
 from frugal.model.linear import Linear
 from frugal.model.moe import MoE, SwiGLU
+from frugal.model.mtp import MTPModule
 from frugal.model.rope import rotary_table
 from frugal.model.router import Router
 from frugal.model.sharing import LowRankLinear, add_low_rank, shared_layers, tie_blocks
@@ -50,6 +52,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.mtp = nn.ModuleList(MTPModule(config, k, Block) for k in range(config.n_mtp))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = Linear(config.d_model, config.vocab_size)
         if config.sharing and config.sharing.rank:
@@ -86,22 +89,44 @@ class Transformer(nn.Module):
 
     def hidden(self, ids_BT: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Final normalised hidden states [B, T, D]: what the head turns into logits."""
-        start = caches[0].length if caches else 0
-        positions = slice(start, start + ids_BT.shape[1])
-        rotary = (self.cos[positions], self.sin[positions])
+        rotary = self._rotary(caches[0].length if caches else 0, ids_BT.shape[1])
         x_BTD = self.embedding(ids_BT)
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rotary, caches[i] if caches else None)
         return self.norm(x_BTD)
+
+    def _rotary(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        return self.cos[start : start + length], self.sin[start : start + length]
+
+    def mtp_hidden(self, hidden_BTD: Tensor, ids_BT: Tensor) -> Iterator[Tensor]:
+        """From the main model's hidden states, those of each further prediction, normalised for the head.
+
+        The k-th (k = 1, 2, ...) is [B, T - k, D]: at position i it predicts token i + k + 1 from those up to i + k.
+        """
+        for k in range(1, len(self.mtp) + 1):
+            hidden_BTD = self.mtp_step(k, hidden_BTD[:, :-1], ids_BT[:, k:])
+            yield hidden_BTD
+
+    def mtp_step(self, k: int, hidden_BTD: Tensor, ahead_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The k-th module on hidden states [B, T, D] and the tokens k further on [B, T]; -> [B, T, D]."""
+        rotary = self._rotary(cache.length if cache else 0, ahead_BT.shape[1])
+        return self.mtp[k - 1](hidden_BTD, self.embedding(ahead_BT), rotary, cache)
 
     def forward(self, ids_BT: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Logits [B, T, V] of the next token at each position."""
         return self.head(self.hidden(ids_BT, caches))
 
     def new_caches(self, batch_size: int, max_len: int) -> list[KVCache]:
-        """One empty cache per block, for at most `max_len` positions."""
+        """One empty cache per layer, for at most `max_len` positions."""
+        return self._caches(list(self.blocks), batch_size, max_len)
+
+    def new_mtp_caches(self, batch_size: int, max_len: int) -> list[KVCache]:
+        """The same for the modules that predict further ahead."""
+        return self._caches([module.block for module in self.mtp], batch_size, max_len)  # type: ignore[misc]
+
+    def _caches(self, blocks: list[nn.Module], batch_size: int, max_len: int) -> list[KVCache]:
         weight = self.embedding.weight
-        layers: list[Attention | LatentAttention] = [block.attention for block in self.blocks]  # type: ignore[misc]
+        layers: list[Attention | LatentAttention] = [block.attention for block in blocks]  # type: ignore[misc]
         return [layer.new_cache(batch_size, max_len, weight.device, weight.dtype) for layer in layers]
 
     def take_router_loss(self) -> Tensor | None:
@@ -118,8 +143,12 @@ class Transformer(nn.Module):
         return torch.stack(losses).sum() if losses else None
 
     def moe_layers(self) -> dict[int, MoE]:
-        """The mixtures by the index of their block."""
-        return {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)}
+        """The mixtures by the index of their layer; those of multi-token prediction come after the last layer."""
+        return {i: block.ffn for i, block in enumerate(self.all_blocks()) if isinstance(block.ffn, MoE)}
+
+    def all_blocks(self) -> list[Block]:
+        """The layers' blocks, and those of multi-token prediction."""
+        return [*self.blocks, *(module.block for module in self.mtp)]  # type: ignore[list-item]
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ def model_card(config: TransformerConfig, seq_len: int = 4096) -> dict[str, Any]
             "active_without_input_embedding": counts.active_without_input_embedding,
             "active_without_embeddings": counts.active_without_embeddings,
             "applied": counts.applied,
+            "multi_token_prediction": counts.mtp,
         },
         "flops_per_token": {"seq_len": seq_len, "forward": flops.forward, "training": flops.training},
         "kv_cache_bytes_per_token": {
@@ -77,16 +78,19 @@ def model_card(config: TransformerConfig, seq_len: int = 4096) -> dict[str, Any]
 def as_table(card: dict[str, Any]) -> str:
     """A model card for the eye, one figure per line."""
     parameters, flops = card["parameters"], card["flops_per_token"]
+    has_mtp = parameters["multi_token_prediction"] > 0
     shares = parameters["applied"] != parameters["active"]
+    multiple = "3x and MTP" if has_mtp else "3x"
     cache, state = card["kv_cache_bytes_per_token"], card["state_bytes"]
     rows = [
         ("parameters, total", f"{parameters['total']:,}"),
         ("parameters, active per token", f"{parameters['active']:,}"),
         ("  without input embedding", f"{parameters['active_without_input_embedding']:,}"),
         ("  without both embeddings", f"{parameters['active_without_embeddings']:,}"),
+        *([("multi-token prediction, apart", f"{parameters['multi_token_prediction']:,}")] if has_mtp else []),
         *([("  shared layers counted each time", f"{parameters['applied']:,}")] if shares else []),
         (f"FLOPs per token, forward, {flops['seq_len']:,} tokens", _si(flops["forward"])),
-        ("FLOPs per token, training (3x, causal half of attention)", _si(flops["training"])),
+        (f"FLOPs per token, training ({multiple}, causal half of attention)", _si(flops["training"])),
         ("KV cache per token, bfloat16", f"{cache['bfloat16']:,} bytes"),
         ("training state, float32: weights", _gib(state["weights"])),
         ("  gradients", _gib(state["gradients"])),

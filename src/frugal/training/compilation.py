@@ -38,8 +38,8 @@ def compile_blocks(model: Transformer, fullgraph: bool = False) -> None:
     """
     require_compiler(model.embedding.weight.device.type)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in model.blocks:
-        block.forward = _compiled_unless_cached(block.forward, fullgraph)
+    for block in model.all_blocks():
+        block.forward = _compiled_unless_cached(block.forward, fullgraph)  # type: ignore[method-assign]
 
 
 def _compiled_unless_cached(forward: Callable[..., Tensor], fullgraph: bool) -> Callable[..., Tensor]:

@@ -28,6 +28,8 @@ def export_checkpoint(checkpoint: str, folder: str) -> str:
         tokenizer_object=tokenizer, eos_token=EOT, model_max_length=model.config.max_seq_len
     )
     wrapped.save_pretrained(folder)
+    if model.config.n_mtp:
+        architecture += " without its multi-token prediction"
     if (blocks := len(set(model.config.layer_map))) < model.config.n_layers:
         return f"{architecture} ({model.config.n_layers} layers of {blocks} blocks, shared ones as copies)"
     return architecture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +13,14 @@ from frugal.data.tokenization import EOT, load_tokenizer
 from frugal.errors import UserError
 from frugal.model.config import TransformerConfig
 from frugal.model.generation import generate
+from frugal.model.speculative import generate_speculatively
 from frugal.model.transformer import Transformer
 from frugal.training.checkpointing import read_checkpoint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transformer, Tokenizer]:
@@ -64,8 +68,12 @@ def sample_texts(
     top_p: float = 0.95,
     seed: int | None = None,
     num_samples: int = 1,
+    speculative: bool = False,
 ) -> list[str]:
-    """Continuations of `prompt`, prompt included; an empty prompt starts a new document."""
+    """Continuations of `prompt`, prompt included; an empty prompt starts a new document.
+
+    With `speculative` the modules of multi-token prediction guess ahead, and how well is logged.
+    """
     if temperature < 0:
         raise UserError(f"temperature: must not be negative, got {temperature}")
     if not 0 < top_p <= 1:
@@ -80,5 +88,14 @@ def sample_texts(
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(secrets.randbits(31) if seed is None else seed)
     prompts = torch.tensor([ids] * num_samples, device=device)
+    if speculative:
+        texts = []
+        for prompt_1T in prompts.split(1):
+            out, speculation = generate_speculatively(
+                model, prompt_1T, max_new_tokens, temperature, top_p, stop_token=end, generator=generator
+            )
+            log.info("%s", speculation)
+            texts.append(tokenizer.decode(out[0].tolist()))
+        return texts
     out = generate(model, prompts, max_new_tokens, temperature, top_p, stop_token=end, generator=generator)
     return [tokenizer.decode(row.tolist()) for row in out]

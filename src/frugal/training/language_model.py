@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +15,7 @@ from frugal.data.batches import IGNORE
 from frugal.errors import UserError
 from frugal.model.config import TransformerConfig
 from frugal.model.transformer import Transformer
-from frugal.schedule import WarmupStableDecay
+from frugal.schedule import LossWeight, WarmupStableDecay
 from frugal.training.compilation import compile_blocks, require_compiler
 from frugal.training.losses import next_token_nll, summed_nll
 from frugal.training.metrics import TextLoss
@@ -29,13 +30,15 @@ class LanguageModel(pl.LightningModule):
     The gradient of an optimizer step is that of the mean loss over all valid tokens of the step: all micro-batches
     and all ranks. Each micro-batch's loss is its sum over a constant (its number of positions), and once per step
     the gradients are rescaled if some positions were masked; so `accumulate_grad_batches` 1x8 and 4x2 agree.
-    The routers' losses (model.transformer.moe.*_loss_coef) are counted per position, and `train/loss` leaves them out.
+    The routers' losses (model.transformer.moe.*_loss_coef) are counted per position; `train/loss` leaves them and
+    those of multi-token prediction out.
 
     Args:
         transformer: the model's shape.
         optimizer: AdamW's settings.
         schedule: the learning rate over the steps of the run (trainer.max_steps).
         compile: compile each block with torch.compile (needs a C++ compiler on CPU).
+        mtp_loss_weight: weight of multi-token prediction's mean loss, where model.transformer.n_mtp switches it on.
         loss_chunk: positions whose logits exist at once in training; 0 keeps all logits; null chooses by device.
     """
 
@@ -45,6 +48,7 @@ class LanguageModel(pl.LightningModule):
         optimizer: AdamWConfig,
         schedule: WarmupStableDecay,
         compile: bool = False,
+        mtp_loss_weight: LossWeight | None = None,
         loss_chunk: int | None = None,
     ) -> None:
         super().__init__()
@@ -54,11 +58,13 @@ class LanguageModel(pl.LightningModule):
             require_compiler("cpu")
         self.loss_chunk = loss_chunk
         self.config, self.optimizer_config, self.schedule = transformer, optimizer, schedule
+        self.mtp_loss_weight = mtp_loss_weight or LossWeight()
         self.compile_blocks = compile
         self.model: Transformer | None = None
         self.validation_loss: TextLoss | None = None
         self._step_nats: Tensor | None = None
         self._step_valid: Tensor | None = None
+        self._step_mtp: Tensor | None = None  # nats and valid labels of each module, [n_mtp, 2]
         self._step_positions = 0
         self._micro_positions = 0
 
@@ -100,13 +106,29 @@ class LanguageModel(pl.LightningModule):
         self._step_nats += nats.detach()
         self._step_valid += (labels != IGNORE).sum()
         self._step_positions += self._micro_positions
+        for extra in self._mtp_nats(hidden, batch):
+            nats = nats + extra
         loss = nats / self._micro_positions
-        assert self.model is not None
         router_loss = self.model.take_router_loss()
         if router_loss is not None:  # a mean over this micro-batch: weigh it by its share of the step's positions
             loss = loss + router_loss * (labels.numel() / self._micro_positions)
             self.log("train/router_loss", router_loss.detach())
         return loss
+
+    def _mtp_nats(self, hidden: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """What each module of multi-token prediction adds to the summed loss (DeepSeek-V3, eq. 24 and 25)."""
+        assert self.model is not None
+        if not self.config.n_mtp:
+            return
+        weight = self.mtp_loss_weight.at(self.trainer.global_step, self.trainer.max_steps) / self.config.n_mtp
+        sums = []
+        for k, ahead in enumerate(self.model.mtp_hidden(hidden, batch["input_ids"]), start=1):
+            labels = batch["labels"][:, k:]
+            nats = summed_nll(ahead, self.model.head.weight, labels, self.loss_chunk, fuse=self.compile_blocks)
+            sums.append(torch.stack((nats.detach(), (labels != IGNORE).sum().to(nats.dtype))))
+            yield nats * weight
+        total = torch.stack(sums)
+        self._step_mtp = total if self._step_mtp is None else self._step_mtp + total
 
     def on_train_start(self) -> None:
         """Take the optimizer's settings from the config: a checkpoint brings its moments, not its learning rate."""
@@ -133,20 +155,21 @@ class LanguageModel(pl.LightningModule):
         """Rescale the gradients from positions to valid tokens, over all micro-batches and ranks."""
         assert self._step_nats is not None and self._step_valid is not None and self.model is not None
         loads = [moe.load for moe in self.model.moe_layers().values()]
-        totals = torch.cat([torch.stack((self._step_nats, self._step_valid)), *loads])
+        mtp = torch.zeros_like(self._step_nats.expand(0)) if self._step_mtp is None else self._step_mtp.flatten()
+        totals = torch.cat([torch.stack((self._step_nats, self._step_valid)), mtp, *loads])
         if self.trainer.world_size > 1:
             totals = self.all_reduce_sum(totals)
         nats, valid = totals[0], totals[1]
-        if loads:
-            for moe, load in zip(
-                self.model.moe_layers().values(), totals[2:].split([len(x) for x in loads]), strict=True
-            ):
-                moe.load.copy_(load)
+        mtp, *loads = totals[2:].split([mtp.numel(), *(len(x) for x in loads)])
+        for moe, load in zip(self.model.moe_layers().values(), loads, strict=True):
+            moe.load.copy_(load)
+        for k, (mtp_nats, mtp_valid) in enumerate(mtp.view(-1, 2), start=1):
+            self.log(f"train/mtp_loss_{k}", mtp_nats / mtp_valid.clamp_min(1))
         scale = self._step_positions * self.trainer.world_size / valid.clamp_min(1)
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(grads, scale)
         self.log("train/loss", nats / valid, prog_bar=True)
-        self._step_nats, self._step_valid, self._step_positions = None, None, 0
+        self._step_nats, self._step_valid, self._step_mtp, self._step_positions = None, None, None, 0
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks."""
