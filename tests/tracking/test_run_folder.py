@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from frugal.errors import UserError
-from frugal.tracking.card import card_rows, duration, short
+from frugal.tracking.card import card_rows
 from frugal.tracking.run_folder import RunConfig, folder_of, keep_steps, new_run, newest_run, read_lines
+from frugal.units import duration, short
 
 
 def test_the_newest_run_with_a_checkpoint_is_found(tmp_path: Path) -> None:

@@ -22,6 +22,62 @@ def count(shape: str, seq_len: int = 4096, json: bool = False) -> None:
     print(dumps(card, indent=2) if json else as_table(card))
 
 
+def shapes(
+    shape: str,
+    budget: str = "params",
+    seq_len: int = 2048,
+    tolerance: float = 0.05,
+    hardware: str = "h100-80gb",
+    precision: str = "bfloat16",
+    mfu: float = 0.3,
+    tflops: float | None = None,
+    tokens_per_step: int = 65536,
+    json: bool = False,
+) -> None:
+    """List models of equal cost, from shallow and wide to deep and narrow, without building them.
+
+    Args:
+        shape: the family: a file of configs/model/, configs/base.yaml, or a run's config.yaml.
+        budget: what is equal: params, active or flops (as much as the shape has), or an amount: 100M, 2GFLOP.
+        seq_len: sequence length at which attention's FLOPs are counted.
+        tolerance: largest relative distance from the budget.
+        hardware: row of configs/hardware.yaml for the step time.
+        precision: whose peak of that row counts.
+        mfu: share of the peak that training is assumed to achieve, the same for every shape.
+        tflops: TFLOP/s that training achieves on your device (the closing card gives peak times MFU), instead.
+        tokens_per_step: tokens of one optimizer step.
+        json: print JSON instead of a table.
+    """
+    from json import dumps
+
+    from frugal.errors import require
+    from frugal.planning.hardware import achieved_flops
+    from frugal.planning.model_card import read_transformer
+    from frugal.planning.shapes import Budget, equal_shapes, shape_row, shapes_table
+
+    for name, value in {
+        "seq_len": seq_len,
+        "tolerance": tolerance,
+        "mfu": mfu,
+        "tokens_per_step": tokens_per_step,
+    }.items():
+        require(value > 0, f"{name}: must be positive, got {value}")
+    base = read_transformer(shape)
+    wanted = Budget.parse(budget, base, seq_len)
+    speed, assumption = achieved_flops(hardware, precision, mfu, tflops)
+    rows = [
+        shape_row(config, wanted, seq_len, speed, tokens_per_step)
+        for config in equal_shapes(base, wanted, seq_len, tolerance)
+    ]
+    if json:
+        print(dumps({"budget": {"kind": wanted.kind, "value": wanted.value}, "shapes": rows}, indent=2))
+        return
+    print(shapes_table(rows, base))
+    print(
+        f"* the given shape. state: float32 weights, gradients and AdamW's moments, no activations. step: {assumption}."
+    )
+
+
 def export(checkpoint: str, folder: str) -> None:
     """Write a trained model as a folder that Hugging Face transformers loads.
 

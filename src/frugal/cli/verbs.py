@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from frugal.cli.errors import one_line_errors
-from frugal.cli.model_verbs import count, export
+from frugal.cli.model_verbs import count, export, shapes
 
 
 def generate(
@@ -42,7 +42,7 @@ def generate(
     print("\n---\n".join(texts))
 
 
-VERBS: dict[str, Callable[..., None]] = {"generate": generate, "count": count, "export": export}
+VERBS: dict[str, Callable[..., None]] = {"generate": generate, "count": count, "shapes": shapes, "export": export}
 
 
 def spell_out_flags(arguments: list[str]) -> list[str]:

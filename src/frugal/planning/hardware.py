@@ -76,3 +76,19 @@ def choose_hardware(rows: list[Hardware], device_name: str, wanted: str = "auto"
         return named[0]
     matching = [row for row in rows if any(re.search(rf"\b{part}\b", device_name, re.I) for part in row.match)]
     return matching[0] if matching else None
+
+
+def achieved_flops(
+    name: str, precision: str, mfu: float, tflops: float | None = None, file: str = "configs/hardware.yaml"
+) -> tuple[float | None, str]:
+    """FLOP/s that training is assumed to achieve, and the assumption in words; None for a row without that peak."""
+    if tflops is not None:
+        if tflops <= 0:
+            raise UserError(f"tflops: must be positive, got {tflops}")
+        return tflops * 1e12, f"{tflops:g} TFLOP/s achieved, as given"
+    row = choose_hardware(load_hardware(file), "", name)
+    assert row is not None
+    if precision not in row.peak_tflops:
+        known = ", ".join(row.peak_tflops) or "none"
+        return None, f"unknown, {name} has no peak for {precision} (it has {known}); give --tflops"
+    return row.peak_tflops[precision] * 1e12 * mfu, f"{name}, {mfu:.0%} of its {precision} peak assumed for every shape"

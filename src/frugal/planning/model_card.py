@@ -18,7 +18,9 @@ from frugal.model.config import (
 
 
 def read_transformer(path: str) -> TransformerConfig:
-    """The shape in a file of `configs/model/`, or in a whole config such as `configs/base.yaml` or a run's.
+    """The shape in a file of `configs/model/`, in a whole config (`configs/base.yaml`, a run's), or in an experiment.
+
+    An experiment is an overlay on `configs/base.yaml`, which is looked for in the current folder.
 
     Raises:
         UserError: no such file or no YAML mapping in it.
@@ -33,7 +35,12 @@ def read_transformer(path: str) -> TransformerConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"shape: {path} is no YAML ({' '.join(str(error).split())})") from None
     if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
-        values = _linked_to_data(values) | (model.get("init_args", model).get("transformer") or {})
+        shape = model.get("init_args", model).get("transformer") or {}
+        if "d_model" not in shape and (base := Path("configs/base.yaml")).is_file():
+            whole = yaml.safe_load(base.read_text(encoding="utf-8"))
+            shape = _overlaid(whole["model"]["init_args"]["transformer"], shape)
+            values = _overlaid(whole, values)
+        values = _linked_to_data(values) | shape
     if not isinstance(values, dict):
         raise UserError(f"shape: {path} holds no transformer (see configs/model/ for its keys)")
     parser = ArgumentParser(exit_on_error=False)
@@ -41,10 +48,20 @@ def read_transformer(path: str) -> TransformerConfig:
     return parser.instantiate(parser.parse_object({"transformer": values})).transformer
 
 
+def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings, the upper one's values winning."""
+    both = {key: _overlaid(below[key], value) for key, value in above.items() if _are_mappings(below.get(key), value)}
+    return below | above | both
+
+
+def _are_mappings(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
 def _linked_to_data(values: dict[str, Any]) -> dict[str, Any]:
     """The two keys of the model that `train.py` takes from the data's section, where it has them."""
     data = values.get("data") or {}
-    data = data.get("init_args", data)
+    data = data | (data.get("init_args") or {})
     linked = {"vocab_size": (data.get("tokenizer") or {}).get("vocab_size"), "max_seq_len": data.get("seq_len")}
     return {key: value for key, value in linked.items() if value is not None}
 
