@@ -1,0 +1,1 @@
+"""Data that a program makes: procedural tasks with verifiers, simulated physics, text of a local model."""
