@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from frugal.cli.errors import one_line_errors
 from frugal.cli.model_verbs import count, export, shapes
+from frugal.cli.synthesize import synthesize
 
 
 def generate(
@@ -42,7 +43,13 @@ def generate(
     print("\n---\n".join(texts))
 
 
-VERBS: dict[str, Callable[..., None]] = {"generate": generate, "count": count, "shapes": shapes, "export": export}
+VERBS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "count": count,
+    "shapes": shapes,
+    "export": export,
+    "synthesize": synthesize,
+}
 
 
 def spell_out_flags(arguments: list[str]) -> list[str]:
@@ -79,5 +86,5 @@ def main(args: list[str] | None = None) -> None:
         if not arguments:
             parser.print_help()
             return
-        config = parser.parse_args(arguments)
+        config = parser.instantiate_classes(parser.parse_args(arguments))
         VERBS[config.verb](**{k: v for k, v in config[config.verb].as_dict().items() if k != "config"})

@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
+from frugal.data.documents import Document
 from frugal.data.sources import Source
 from frugal.data.tokenization import EOT, TokenizerConfig, load_tokenizer, token_byte_lengths, train_tokenizer
 from frugal.errors import UserError
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1  # part of the fingerprint: raise it when what is written changes
 
 
-def split_documents(documents: Iterable[str], val_fraction: float) -> tuple[list[str], list[str]]:
+def split_documents(documents: Iterable[str | Document], val_fraction: float) -> tuple[list[str], list[str]]:
     """Split by position: the last `val_fraction` of all bytes is validation.
 
     The cut lies after the first line end at or beyond that position, inside a document if need be.
@@ -34,7 +35,11 @@ def split_documents(documents: Iterable[str], val_fraction: float) -> tuple[list
     Raises:
         UserError: there is no text, or one of the two parts would be empty.
     """
-    documents = list(documents)
+    texts = [document.text if isinstance(document, Document) else document for document in documents]
+    return _split_texts(texts, val_fraction)
+
+
+def _split_texts(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
     sizes = [len(document.encode()) for document in documents]
     total = sum(sizes)
     if total == 0:

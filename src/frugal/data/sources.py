@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from frugal.data.documents import Document
 from frugal.errors import UserError
 
 
@@ -23,7 +24,7 @@ class Source(ABC):
         """What the source is called in logs and metadata."""
 
     @abstractmethod
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[str | Document]:
         """The documents, always in the same order."""
 
     @abstractmethod

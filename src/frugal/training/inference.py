@@ -59,6 +59,40 @@ def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transforme
     return model.eval(), load_tokenizer(data["tokenizer"])
 
 
+def complete(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[str]:
+    """Continuations of many prompts, without the prompts, in their order; each prompt begins a new document.
+
+    Prompts of equal length go through the model together, so that none needs padding. Temperature 0 takes the likeliest
+    token. A prompt that leaves no room in the model's max_seq_len has the empty continuation.
+    """
+    end = tokenizer.token_to_id(EOT)
+    assert end is not None  # load_tokenizer checks it
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    by_length: dict[int, list[tuple[int, list[int]]]] = {}
+    for number, prompt in enumerate(prompts):
+        ids = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+        by_length.setdefault(len(ids), []).append((number, ids))
+    texts = [""] * len(prompts)
+    for length, rows in sorted(by_length.items()):
+        for first in range(0, len(rows), batch_size):
+            part = rows[first : first + batch_size]
+            batch = torch.tensor([ids for _, ids in part], device=device)
+            out = generate(model, batch, max_new_tokens, temperature, top_p, stop_token=end, generator=generator)
+            for (number, _), row in zip(part, out[:, length:].tolist(), strict=True):
+                texts[number] = tokenizer.decode(row[: row.index(end)] if end in row else row)
+    return texts
+
+
 def sample_texts(
     model: Transformer,
     tokenizer: Tokenizer,

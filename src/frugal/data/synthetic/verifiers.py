@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 
+from frugal.data.documents import Document
 from frugal.data.sources import Source
 from frugal.data.synthetic.tasks import Item, Tasks
 from frugal.errors import require
@@ -78,7 +79,8 @@ class Novel(Verifier):
     def reason(self, text: str, item: Item | None) -> str | None:
         """Too short to tell, or copied."""
         if self._known is None:
-            self._known = {group for document in self.source.documents() for group in self._groups(document.text)}
+            texts = (d.text if isinstance(d, Document) else d for d in self.source.documents())
+            self._known = {group for text in texts for group in self._groups(text)}
         groups = self._groups(text)
         if not groups:
             return "too short"

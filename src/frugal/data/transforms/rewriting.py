@@ -168,7 +168,7 @@ class NumberRendering(TextTransform):
     """Write the numbers of each document in another style; question and answer alike, so that the answer stays right.
 
     For synthetic tasks: each document takes one of the styles at random. A text that could not be read back (it holds
-    number words, say) stays as it is, so `parse_numbers(render_numbers(x)) == x` holds always.
+    number words, say) stays as it is: whatever is rendered, `parse_numbers` gives back.
 
     Args:
         probability: share of the sequences, by step.
