@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from frugal.errors import UserError
-from frugal.model.config import count_parameters, flops_per_token
 from frugal.model.linear import linear
 from frugal.planning.hardware import Hardware, choose_hardware, load_hardware
 from frugal.tracking.run_folder import RunFolder, keep_steps, read_lines
@@ -119,7 +118,7 @@ class CostMeter(pl.Callback):
         shape = batch["input_ids"].shape
         tokens = shape.numel() * trainer.world_size
         if shape[1] not in self._flops_per_token:
-            self._flops_per_token[shape[1]] = flops_per_token(pl_module.config, shape[1]).training
+            self._flops_per_token[shape[1]] = pl_module.flops_per_token(shape[1]).training
         self.tokens += tokens
         self.flops += tokens * self._flops_per_token[shape[1]]
         if pl_module.step_complete and trainer.global_step % trainer.log_every_n_steps == 0:
@@ -198,7 +197,7 @@ class CostMeter(pl.Callback):
 
     def summary(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
         """The run's receipt: what `summary.json` and the closing card show."""
-        counts = count_parameters(pl_module.config)
+        counts = pl_module.counts()
         seconds = sum(self.seconds.values())
         train_seconds = max(self.seconds["train"], 1e-9)
         history = read_lines(RunFolder(Path(trainer.default_root_dir)).metrics)

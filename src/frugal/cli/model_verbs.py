@@ -88,3 +88,17 @@ def export(checkpoint: str, folder: str) -> None:
     from frugal.training.export import export_checkpoint
 
     print(f"{export_checkpoint(checkpoint, folder)} written to {folder}")
+
+
+def import_(folder: str, experiment: str) -> None:
+    """Write the config that trains on from a Hugging Face folder with our own model.
+
+    Args:
+        folder: a local folder with config.json and safetensors, of an architecture that `frugal export` can write.
+        experiment: YAML file to write, for `train.py fit --config`.
+    """
+    from frugal.planning.model_card import as_table, model_card
+    from frugal.training.export import import_folder
+
+    print(as_table(model_card(import_folder(folder, experiment))))
+    print(f"written: python train.py fit --config {experiment}")

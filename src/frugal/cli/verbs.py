@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from frugal.cli.errors import one_line_errors
-from frugal.cli.model_verbs import count, export, shapes
+from frugal.cli.model_verbs import count, export, import_, shapes
 from frugal.cli.synthesize import synthesize
 
 
@@ -49,6 +49,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "shapes": shapes,
     "export": export,
     "synthesize": synthesize,
+    "import": import_,
 }
 
 

@@ -5,9 +5,12 @@ Shape letters: B batch, T prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from frugal.model.hf_model import HFModel
 from frugal.model.transformer import Transformer
 
 
@@ -36,7 +39,7 @@ def sample_token(logits_BV: Tensor, temperature: float, top_p: float, generator:
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: Transformer | HFModel,
     prompt_BT: Tensor,
     max_new_tokens: int,
     temperature: float = 0.8,
@@ -54,7 +57,7 @@ def generate(
     model.eval()
     room = min(max_new_tokens, model.config.max_seq_len - prompt_BT.shape[1])
     ids_BT = prompt_BT
-    caches = model.new_caches(prompt_BT.shape[0], prompt_BT.shape[1] + max(room, 0)) if use_cache else None
+    caches: Any = model.new_caches(prompt_BT.shape[0], prompt_BT.shape[1] + max(room, 0)) if use_cache else None
     fresh_BT = prompt_BT
     finished_B = torch.zeros(prompt_BT.shape[0], dtype=torch.bool, device=prompt_BT.device)
     for _ in range(room):

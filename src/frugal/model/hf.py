@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,13 +155,11 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def from_hf(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    """Read a folder that `transformers` wrote or that was downloaded from the Hub.
-
-    Returns the shape and a state_dict for `Transformer(config).load_state_dict`, in the file's precision.
+def read_hf_shape(folder: Path) -> tuple[TransformerConfig, Any]:
+    """Our shape of a folder's model, and the `transformers` config it was read from.
 
     Raises:
-        UserError: no such model, another architecture, an option that our model lacks, or missing weights.
+        UserError: no config there, another architecture, or an option that our model lacks.
     """
     from transformers import AutoConfig
 
@@ -170,7 +169,18 @@ def from_hf(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
         values = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"folder: {folder}/config.json cannot be read ({str(error).splitlines()[0]})") from None
-    config = from_hf_config(values)
+    return from_hf_config(values), values
+
+
+def from_hf(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    """Read a folder that `transformers` wrote or that was downloaded from the Hub.
+
+    Returns the shape and a state_dict for `Transformer(config).load_state_dict`, in the file's precision.
+
+    Raises:
+        UserError: no such model, another architecture, an option that our model lacks, or missing weights.
+    """
+    config, values = read_hf_shape(folder)
     theirs = _read_safetensors(folder)
     try:
         state = {name_ours: theirs[name_theirs] for name_ours, name_theirs in _names(config)}

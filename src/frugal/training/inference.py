@@ -13,6 +13,7 @@ from frugal.data.tokenization import EOT, load_tokenizer
 from frugal.errors import UserError
 from frugal.model.config import TransformerConfig
 from frugal.model.generation import generate
+from frugal.model.hf_model import HFModel
 from frugal.model.speculative import generate_speculatively
 from frugal.model.transformer import Transformer
 from frugal.training.checkpointing import read_checkpoint
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transformer, Tokenizer]:
-    """Rebuild the transformer and the tokenizer that a checkpoint holds.
+def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transformer | HFModel, Tokenizer]:
+    """Rebuild the model and the tokenizer that a checkpoint holds.
 
     Args:
         checkpoint: a .ckpt file, or a run's folder (its best.ckpt, or last.ckpt without validation).
@@ -43,9 +44,13 @@ def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transforme
         path = found[0]
     content = read_checkpoint(path)
     data = content.get("TextDataModule") or {}
-    if "transformer" not in content or "tokenizer" not in data:
+    if not content.keys() & {"transformer", "hugging_face"} or "tokenizer" not in data:
         raise UserError(f"{path}: holds no language model with its tokenizer (was it written by train.py fit?)")
-    model = Transformer(TransformerConfig.from_dict(content["transformer"]))
+    model: Transformer | HFModel
+    if "transformer" in content:
+        model = Transformer(TransformerConfig.from_dict(content["transformer"]))
+    else:
+        model = HFModel.rebuild(content["hugging_face"])
     prefix = "model."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     try:
@@ -94,7 +99,7 @@ def complete(
 
 
 def sample_texts(
-    model: Transformer,
+    model: Transformer | HFModel,
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
@@ -123,6 +128,8 @@ def sample_texts(
     generator = torch.Generator(device=device).manual_seed(secrets.randbits(31) if seed is None else seed)
     prompts = torch.tensor([ids] * num_samples, device=device)
     if speculative:
+        if isinstance(model, HFModel):
+            raise UserError("speculative: a transformers model has no multi-token prediction")
         texts = []
         for prompt_1T in prompts.split(1):
             out, speculation = generate_speculatively(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from frugal.data.batches import IGNORE
 from frugal.errors import UserError
-from frugal.model.config import TransformerConfig
+from frugal.model.config import Counts, Flops, TransformerConfig, count_parameters, flops_per_token
+from frugal.model.hf import from_hf, read_hf_shape
 from frugal.model.transformer import Transformer
 from frugal.schedule import LossWeight, WarmupStableDecay
 from frugal.training.compilation import compile_blocks, require_compiler
@@ -21,6 +23,7 @@ from frugal.training.losses import next_token_nll, summed_nll
 from frugal.training.metrics import TextLoss
 from frugal.training.optim import AdamWConfig, build_optimizer
 
+log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 
 
@@ -40,6 +43,8 @@ class LanguageModel(pl.LightningModule):
         compile: compile each block with torch.compile (needs a C++ compiler on CPU).
         mtp_loss_weight: weight of multi-token prediction's mean loss, where model.transformer.n_mtp switches it on.
         loss_chunk: positions whose logits exist at once in training; 0 keeps all logits; null chooses by device.
+        init_from: a local Hugging Face folder of this very shape (`frugal import` writes the config for it), whose
+            weights a new run starts from.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class LanguageModel(pl.LightningModule):
         compile: bool = False,
         mtp_loss_weight: LossWeight | None = None,
         loss_chunk: int | None = None,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         if loss_chunk is not None and loss_chunk < 0:
@@ -57,7 +63,9 @@ class LanguageModel(pl.LightningModule):
         if compile and not torch.cuda.is_available():
             require_compiler("cpu")
         self.loss_chunk = loss_chunk
-        self.config, self.optimizer_config, self.schedule = transformer, optimizer, schedule
+        self.config, self.optimizer_config, self.schedule, self.init_from = transformer, optimizer, schedule, init_from
+        if init_from is not None:
+            self._check_shape(init_from)
         self.mtp_loss_weight = mtp_loss_weight or LossWeight()
         self.compile_blocks = compile
         self.model: Transformer | None = None
@@ -72,15 +80,48 @@ class LanguageModel(pl.LightningModule):
         """Build the transformer (Lightning calls this on the right device and precision)."""
         if self.model is None:
             self.model = Transformer(self.config)
+            if self.init_from is not None:
+                self._take_weights(self.init_from)
             if self.compile_blocks:
                 compile_blocks(self.model)
 
     def setup(self, stage: str) -> None:
         """Make the validation metric, which needs the tokenizer's bytes per token."""
-        token_bytes = torch.zeros(self.config.vocab_size, dtype=torch.int64)
+        token_bytes = torch.zeros(self.vocab_size, dtype=torch.int64)
         known = self.trainer.datamodule.token_bytes  # type: ignore[attr-defined]
         token_bytes[: len(known)] = known
         self.validation_loss = TextLoss(token_bytes)
+
+    def _check_shape(self, folder: str) -> None:
+        """Refuse weights of another shape before any data is read."""
+        theirs, _ = read_hf_shape(Path(folder).expanduser())
+        ignored = {"max_seq_len": 0, "init_std": 0.0, "n_mtp": 0}
+        differences = shape_differences(asdict(theirs) | ignored, asdict(self.config) | ignored, "model.transformer")
+        if differences:
+            raise UserError(
+                f"model.init_from: {folder} has another shape (`frugal import` writes its config): "
+                + "; ".join(d.replace("in the checkpoint", "there") for d in differences)
+            )
+
+    def _take_weights(self, folder: str) -> None:
+        assert self.model is not None
+        _, state = from_hf(Path(folder).expanduser())
+        missing = self.model.load_state_dict(state, strict=False).missing_keys
+        fresh = sorted({key.split(".")[0] for key in missing})  # multi-token prediction has no counterpart there
+        log.info("weights taken from %s%s", folder, f"; drawn anew: {', '.join(fresh)}" if fresh else "")
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.config.vocab_size
+
+    def counts(self) -> Counts:
+        """Parameters, from the config."""
+        return count_parameters(self.config)
+
+    def flops_per_token(self, seq_len: int) -> Flops:
+        """What a token of a training step costs."""
+        return flops_per_token(self.config, seq_len)
 
     @property
     def step_complete(self) -> bool:
@@ -98,37 +139,40 @@ class LanguageModel(pl.LightningModule):
         """Loss of one micro-batch of `input_ids` and `labels`, both [B, T]; labels of -100 do not count."""
         labels = batch["labels"]
         assert self.model is not None
-        hidden = self.model.hidden(batch["input_ids"])
-        nats = summed_nll(hidden, self.model.head.weight, labels, self.loss_chunk, fuse=self.compile_blocks)
+        nats, extra = self._nats(batch)
         if self._step_nats is None or self._step_valid is None:
             self._micro_positions = labels.numel()
             self._step_nats, self._step_valid = torch.zeros_like(nats.detach()), torch.zeros_like(nats.detach())
         self._step_nats += nats.detach()
         self._step_valid += (labels != IGNORE).sum()
         self._step_positions += self._micro_positions
-        for extra in self._mtp_nats(hidden, batch):
-            nats = nats + extra
-        loss = nats / self._micro_positions
+        loss = (nats if extra is None else nats + extra) / self._micro_positions
         router_loss = self.model.take_router_loss()
         if router_loss is not None:  # a mean over this micro-batch: weigh it by its share of the step's positions
             loss = loss + router_loss * (labels.numel() / self._micro_positions)
             self.log("train/router_loss", router_loss.detach())
         return loss
 
-    def _mtp_nats(self, hidden: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """What each module of multi-token prediction adds to the summed loss (DeepSeek-V3, eq. 24 and 25)."""
+    def _nats(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Summed loss of one micro-batch in nats, and what multi-token prediction adds to it."""
         assert self.model is not None
-        if not self.config.n_mtp:
-            return
+        hidden, head = self.model.hidden(batch["input_ids"]), self.model.head.weight
+        nats = summed_nll(hidden, head, batch["labels"], self.loss_chunk, fuse=self.compile_blocks)
+        return nats, self._mtp_nats(hidden, batch) if self.config.n_mtp else None
+
+    def _mtp_nats(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The weighted sum of the modules' losses (DeepSeek-V3, eq. 24 and 25)."""
+        assert self.model is not None
         weight = self.mtp_loss_weight.at(self.trainer.global_step, self.trainer.max_steps) / self.config.n_mtp
-        sums = []
+        sums, weighted = [], hidden.new_zeros(())
         for k, ahead in enumerate(self.model.mtp_hidden(hidden, batch["input_ids"]), start=1):
             labels = batch["labels"][:, k:]
             nats = summed_nll(ahead, self.model.head.weight, labels, self.loss_chunk, fuse=self.compile_blocks)
             sums.append(torch.stack((nats.detach(), (labels != IGNORE).sum().to(nats.dtype))))
-            yield nats * weight
+            weighted = weighted + nats * weight
         total = torch.stack(sums)
         self._step_mtp = total if self._step_mtp is None else self._step_mtp + total
+        return weighted
 
     def on_train_start(self) -> None:
         """Take the optimizer's settings from the config: a checkpoint brings its moments, not its learning rate."""
@@ -254,7 +298,7 @@ class LanguageModel(pl.LightningModule):
         # Keys that are younger than the checkpoint have their neutral defaults; an unknown one is named below.
         with contextlib.suppress(TypeError, UserError):
             theirs = asdict(TransformerConfig.from_dict(theirs))
-        differences = _differences(theirs, ours, "model.transformer")
+        differences = shape_differences(theirs, ours, "model.transformer")
         if differences:
             raise UserError(
                 "ckpt_path: the checkpoint has another shape (its run's config.yaml gives it back): "
@@ -262,9 +306,9 @@ class LanguageModel(pl.LightningModule):
             )
 
 
-def _differences(theirs: Any, ours: Any, key: str) -> list[str]:
+def shape_differences(theirs: Any, ours: Any, key: str) -> list[str]:
     """Every leaf in which two nested dicts differ, as `key: theirs in the checkpoint, ours in the config`."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         names = sorted({*theirs, *ours})
-        return [d for name in names for d in _differences(theirs.get(name), ours.get(name), f"{key}.{name}")]
+        return [d for name in names for d in shape_differences(theirs.get(name), ours.get(name), f"{key}.{name}")]
     return [] if theirs == ours else [f"{key} is {theirs} in the checkpoint, {ours} in the config"]

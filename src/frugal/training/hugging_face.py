@@ -1,0 +1,116 @@
+"""The same LightningModule around any causal language model of `transformers`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+from torch import Tensor
+
+from frugal.errors import UserError, require
+from frugal.model.counts import Counts, Flops
+from frugal.model.hf_model import HFModel, hf_config, read_hf_config
+from frugal.schedule import WarmupStableDecay
+from frugal.training.language_model import Batch, LanguageModel, shape_differences
+from frugal.training.losses import next_token_nll
+from frugal.training.optim import AdamWConfig
+
+
+class HuggingFaceModel(LanguageModel):
+    """A `transformers` model in the place of ours, all else the same: loss, optimizer, checkpoints, cost, samples.
+
+    Exactly one of `config` and `path` says which model. Its mixtures, if any, balance themselves by their own auxiliary
+    loss (config key output_router_logits); expert_bias has no hold on them.
+
+    Args:
+        optimizer: AdamW's settings.
+        schedule: the learning rate over the steps of the run (trainer.max_steps).
+        config: model_type and the fields of its config, for random weights; vocab_size and
+            max_position_embeddings follow the data where they are left out.
+        path: a local folder as `save_pretrained` or `frugal export` writes it, or a model of the Hub.
+        load_weights: take the weights from `path` too; false starts that architecture from random weights.
+        compile: torch.compile the whole model.
+    """
+
+    def __init__(
+        self,
+        optimizer: AdamWConfig,
+        schedule: WarmupStableDecay,
+        config: dict[str, Any] | None = None,
+        path: str | None = None,
+        load_weights: bool = True,
+        compile: bool = False,
+    ) -> None:
+        require((config is None) != (path is None), "model: set exactly one of config and path (a transformers model)")
+        super().__init__(cast(Any, None), optimizer, schedule, compile)  # its shape is no TransformerConfig
+        self.values, self.path, self.load_weights = config, path, load_weights
+        if config is not None:
+            hf_config(config)  # a wrong key is refused before any data is read
+        elif path is not None:
+            read_hf_config(path)
+
+    def setup(self, stage: str) -> None:
+        """Fit the config to the data: vocabulary and length."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        tokens = max(data.tokenizer.get_vocab().values()) + 1
+        if self.path is not None:
+            config = read_hf_config(self.path)
+        else:
+            assert self.values is not None
+            config = hf_config({"vocab_size": tokens, "max_position_embeddings": data.seq_len} | self.values)
+        require(
+            config.vocab_size >= tokens,
+            f"model: its vocabulary of {config.vocab_size} is smaller than the tokenizer's {tokens} tokens; set "
+            + ("data.tokenizer.path to the model's tokenizer" if self.path else "model.config.vocab_size"),
+        )
+        room = getattr(config, "max_position_embeddings", data.seq_len)
+        require(room >= data.seq_len, f"data.seq_len: {data.seq_len} is more than the model's {room} positions")
+        self.hf_config, self.seq_len = config, data.seq_len
+        super().setup(stage)
+
+    def configure_model(self) -> None:
+        """Build the model and fill in its weights."""
+        if self.model is not None:
+            return
+        self.model = HFModel(self.hf_config, self.seq_len)  # type: ignore[assignment]
+        if self.path is not None and self.load_weights:
+            self.hf.load_pretrained(self.path)
+        if self.compile_blocks:
+            self.hf.lm.compile()
+
+    @property
+    def hf(self) -> HFModel:
+        """The model, once it is built."""
+        assert isinstance(self.model, HFModel)
+        return self.model
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of its embedding."""
+        return int(self.hf_config.vocab_size)
+
+    def counts(self) -> Counts:
+        """Parameters, from the built model."""
+        return self.hf.counts()
+
+    def flops_per_token(self, seq_len: int) -> Flops:
+        """By the rule of 2 N forward and 4 N backward, and causal attention."""
+        return self.hf.flops_per_token(seq_len)
+
+    def _nats(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """From the logits, since some architectures scale or cap them."""
+        return next_token_nll(self(batch["input_ids"]), batch["labels"]).sum(), None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the config as JSON text, from which the model can be rebuilt."""
+        checkpoint["hugging_face"] = self.hf.values
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, naming the fields that differ."""
+        if "hugging_face" not in checkpoint:
+            raise UserError("ckpt_path: the file holds no transformers model (model.class_path differs)")
+        differences = shape_differences(
+            json.loads(checkpoint["hugging_face"]), json.loads(self.hf.values), "model.config"
+        )
+        if differences:
+            raise UserError("ckpt_path: the checkpoint has another shape: " + "; ".join(differences))
