@@ -109,6 +109,12 @@ SHARED_AND_AHEAD = (
     *("--model.transformer.sharing.rank", "2", "--model.transformer.sharing.own_norms", "true"),
 )
 
+AUGMENTED = """[
+  {class_path: frugal.data.transforms.text.FillInTheMiddle, init_args: {probability: {value: 0.5, ramp_in: 6}}},
+  {class_path: frugal.data.transforms.rewriting.BpeDropout, init_args: {probability: {value: 0.5, stop: 9}}},
+  {class_path: frugal.data.transforms.text.TokenMask},
+]"""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -122,6 +128,7 @@ SHARED_AND_AHEAD = (
             "step 7",
             ("--trainer.accumulate_grad_batches", "2", "--data.num_workers", "1", "--trainer.val_check_interval", "8"),
         ),
+        ("step 7", ("--data.transforms", AUGMENTED, "--data.num_workers", "1")),
     ],
     ids=str,
 )

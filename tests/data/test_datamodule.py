@@ -1,4 +1,5 @@
 import logging
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,12 @@ import torch
 
 from frugal.data.datamodule import TextDataModule
 from frugal.data.sources import LocalText
+from frugal.data.synthetic.physics import Physics
 from frugal.data.tokenization import TokenizerConfig
+from frugal.data.transforms.rewriting import BpeDropout
+from frugal.data.transforms.text import FillInTheMiddle, TokenMask
 from frugal.errors import UserError
+from frugal.schedule import Ramp
 
 
 def trainer(**changes: int) -> Any:
@@ -33,24 +38,77 @@ def stream(data: TextDataModule) -> torch.Tensor:
     return torch.stack([torch.stack([batch["input_ids"], batch["labels"]]) for batch in data.train_dataloader()])
 
 
-def test_batches_do_not_depend_on_workers(tmp_path: Path) -> None:
-    expected = stream(module(tmp_path, batch_size=3))
+AUGMENTED = {
+    "transforms": [
+        FillInTheMiddle(Ramp(0.8, start=1, ramp_in=2)),
+        BpeDropout(Ramp(0.5, stop=5)),
+        TokenMask(Ramp(0.9, start=2)),
+    ]
+}
+PLAIN_OR_AUGMENTED = pytest.mark.parametrize("options", [{}, AUGMENTED], ids=["plain", "augmented"])
+
+
+@PLAIN_OR_AUGMENTED
+def test_batches_do_not_depend_on_workers(tmp_path: Path, options: dict[str, Any]) -> None:
+    expected = stream(module(tmp_path, batch_size=3, **options))
     assert expected.shape == (12, 2, 3, 32)
     for workers in (1, 4):
-        assert torch.equal(stream(module(tmp_path, batch_size=3, num_workers=workers)), expected)
+        assert torch.equal(stream(module(tmp_path, batch_size=3, num_workers=workers, **options)), expected)
 
 
-def test_resume_goes_on_where_the_run_stood(tmp_path: Path) -> None:
-    data = module(tmp_path, batch_size=3)
+@PLAIN_OR_AUGMENTED
+def test_resume_goes_on_where_the_run_stood(tmp_path: Path, options: dict[str, Any]) -> None:
+    data = module(tmp_path, batch_size=3, **options)
     expected = stream(data)
     data.trainer = trainer(global_step=4)
     assert torch.equal(stream(data), expected[8:])
 
 
-def test_two_ranks_see_what_one_sees(tmp_path: Path) -> None:
-    one = module(tmp_path, batch_size=4)
+def test_transforms_change_training_by_their_schedule_and_never_validation(tmp_path: Path) -> None:
+    plain, data = module(tmp_path), module(tmp_path, transforms=[TokenMask(Ramp(start=2))])
+    mask = data.tokenizer.token_to_id("<|mask|>")
+    assert mask is not None and plain.tokenizer.token_to_id("<|mask|>") is None
+    hidden = (stream(data)[:, 0] == mask).flatten(1).float().mean(1)  # two micro-batches a step
+    assert not hidden[:4].any() and (hidden[4:] > 0.02).all()
+    for batch in data.val_dataloader():
+        assert not (batch["input_ids"] == mask).any() and not (batch["labels"] == mask).any()
+    assert data.prepared and torch.equal(
+        torch.cat([batch["labels"][batch["labels"] != -100] for batch in data.val_dataloader()]),
+        torch.from_numpy(data.prepared.val[1:].astype("int64")),
+    )
+
+
+def test_transforms_survive_the_way_to_another_process(tmp_path: Path) -> None:
+    dataset = module(tmp_path, **AUGMENTED).train_dataloader().dataset
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy.transforms.tokenizer.encode_special_tokens
+    for key, value in dataset[9].items():
+        assert torch.equal(copy[9][key], value)
+
+
+def test_a_loaded_tokenizer_without_their_tokens_is_refused(tmp_path: Path) -> None:
+    path = module(tmp_path).prepared.folder  # type: ignore[union-attr]
+    data = TextDataModule(
+        LocalText(str(tmp_path / "a.txt")), TokenizerConfig(300, path=str(path)), transforms=[TokenMask()]
+    )
+    with pytest.raises(UserError, match=r"TokenMask needs the token <\|mask\|>"):
+        data.prepare_data()
+
+
+def test_what_making_the_data_took_is_charged(tmp_path: Path) -> None:
+    assert module(tmp_path).charged_seconds == 0
+    data = TextDataModule(Physics(n=150), TokenizerConfig(300), seq_len=32, cache_dir=str(tmp_path / "cache"))
+    for _ in range(2):  # made, and found in the cache
+        data.prepared = None
+        data.setup("fit")
+        assert 0 < data.charged_seconds <= data.prepared.meta["seconds"]  # type: ignore[attr-defined]
+
+
+@PLAIN_OR_AUGMENTED
+def test_two_ranks_see_what_one_sees(tmp_path: Path, options: dict[str, Any]) -> None:
+    one = module(tmp_path, batch_size=4, **options)
     expected = stream(one)
-    two = module(tmp_path, batch_size=2)
+    two = module(tmp_path, batch_size=2, **options)
     parts = []
     for rank in (0, 1):
         two.trainer = trainer(global_rank=rank, world_size=2)

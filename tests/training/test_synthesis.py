@@ -61,7 +61,7 @@ def test_generated_text_is_a_source_whose_seconds_are_known(tmp_path: Path) -> N
     write_file(out, [{"text": "one é\n", "level": 2}, {"text": "two", "level": None}], {"seconds": 8.0})
     source = Generated(out, share_of_seconds=0.25)
     assert [(d.text, d.level, d.source) for d in source.documents()] == [("one é\n", 2, out), ("two", None, out)]
-    assert source.seconds == 2.0
+    assert source.seconds_by_stage() == {"synthesis": 2.0}
     first = source.fingerprint()
     with Path(out).open("a") as file:
         file.write('{"text": "three", "level": null}\n')

@@ -111,6 +111,10 @@ class CostMeter(pl.Callback):
         if trainer.is_global_zero:
             keep_steps(RunFolder(Path(trainer.default_root_dir)).metrics, trainer.global_step - 1)
         self._lap("other")
+        charged = getattr(trainer.datamodule, "charged_seconds", 0.0)
+        if charged and "data" not in self.seconds:  # once for a run, however often it is resumed
+            self.seconds["data"] = 0.0
+            self._spend("data", charged)
         self._window = (self.tokens, self.seconds["train"])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from frugal.data.transforms.base import SampleClock, TextTransforms
 from frugal.errors import UserError
 
 IGNORE = -100
@@ -25,10 +26,20 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         tokens: the stream, [tokens].
         seq_len: T, tokens per sequence.
         seed: decides orders and offsets.
+        transforms: augmentation of each sequence; none by default.
+        clock: which step sees a sample, for the transforms' schedules.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        seq_len: int,
+        seed: int,
+        transforms: TextTransforms | None = None,
+        clock: SampleClock = SampleClock(),  # noqa: B008 (frozen)
+    ) -> None:
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.transforms, self.clock = transforms, clock
         # For every offset below seq_len there must be room, and each sequence needs its last label.
         self.per_epoch = (len(tokens) - 1) // seq_len - 1
         if self.per_epoch < 1:
@@ -51,10 +62,22 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """A whole batch: `input_ids` and `labels` [B, T]; labels[t] follows input_ids[t]."""
+        """A whole batch: `input_ids` and `labels` [B, T]; labels[t] follows input_ids[t] unless transforms hide it."""
+        if self.transforms is not None:
+            return self._transformed(indices, self.transforms)
         starts = np.array([self.start(index) for index in indices])[:, None]
         window = torch.from_numpy(self.tokens[starts + np.arange(self.seq_len + 1)].astype(np.int64))
         return {"input_ids": window[:, :-1].contiguous(), "labels": window[:, 1:].contiguous()}
+
+    def _transformed(self, indices: list[int], transforms: TextTransforms) -> dict[str, Tensor]:
+        wanted = transforms.reads(self.seq_len + 1)
+        rows = []
+        for index in indices:
+            start = self.start(index)
+            window = np.asarray(self.tokens[start : start + wanted])
+            rows.append(transforms(window, self.seq_len, index, self.clock.at(index)))
+        inputs, labels = (torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True))
+        return {"input_ids": inputs, "labels": labels}
 
     def __getstate__(self) -> dict[str, object]:
         # Worker processes make their own cache.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader
 from frugal.data.batches import EvaluationSequences, ShardSampler, StepSampler, TrainingSequences
 from frugal.data.packing import Prepared, prepare
 from frugal.data.sources import Source
-from frugal.data.tokenization import TokenizerConfig, token_byte_lengths
+from frugal.data.tokenization import TokenizerConfig, load_tokenizer, token_byte_lengths
+from frugal.data.transforms.base import SampleClock, TextTransform, TextTransforms, check_order, special_tokens
 from frugal.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ class TextDataModule(pl.LightningDataModule):
         num_workers: processes that read ahead; the batches do not depend on it.
         seed: decides the order; linked to seed_everything.
         cache_dir: folder of prepared corpora.
+        transforms: augmentation of the training sequences, in this order; validation is never changed. What they need
+            in the vocabulary is added to a newly trained tokenizer.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class TextDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int = 1234,
         cache_dir: str = ".cache",
+        transforms: list[TextTransform] | None = None,
     ) -> None:
         super().__init__()
         for key, value, least in (
@@ -63,6 +68,10 @@ class TextDataModule(pl.LightningDataModule):
                 raise UserError(f"data.{key}: must be at least {least}, got {value}")
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction: must lie between 0 and 1, got {val_fraction}")
+        self.transforms = transforms or []
+        check_order(self.transforms)
+        if tokenizer.path is None and (needed := special_tokens(self.transforms)):
+            tokenizer = replace(tokenizer, special_tokens=tuple(dict.fromkeys((*tokenizer.special_tokens, *needed))))
         self.source, self.tokenizer_config, self.val_fraction = source, tokenizer, val_fraction
         self.seq_len, self.batch_size = seq_len, batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -73,6 +82,10 @@ class TextDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Prepare the corpus on one process; the others find it in the cache."""
+        if self.transforms and self.tokenizer_config.file:
+            TextTransforms(
+                self.transforms, load_tokenizer(self.tokenizer_config.file), self.seed
+            )  # refused before work
         prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir)
 
     def setup(self, stage: str) -> None:
@@ -123,7 +136,10 @@ class TextDataModule(pl.LightningDataModule):
             world_size=self.trainer.world_size,
             first_sample=self._first_sample,
         )
-        return self._loader(TrainingSequences(self.prepared.train, self.seq_len, self.seed), sampler)
+        transforms = TextTransforms(self.transforms, self.tokenizer, self.seed) if self.transforms else None
+        clock = SampleClock(self._start_step, self._first_sample, samples_per_step)
+        dataset = TrainingSequences(self.prepared.train, self.seq_len, self.seed, transforms, clock)
+        return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader:
         """Every token of the validation split once."""
@@ -139,6 +155,12 @@ class TextDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """The validation split, window by window."""
         return self.val_dataloader()
+
+    @property
+    def charged_seconds(self) -> float:
+        """Seconds that making the data took before this run, and that the run is charged (after setup)."""
+        assert self.prepared is not None
+        return float(sum(self.prepared.meta.get("seconds_by_stage", {}).values()))
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer, so that a checkpoint can be used on its own, and where in the data the run stands."""

@@ -129,6 +129,7 @@ def prepare(source: Source, config: TokenizerConfig, val_fraction: float, cache_
             meta: dict[str, Any] = {"fingerprint": key, "source": source.name, "val_fraction": val_fraction}
             for name, documents in (("train", train), ("val", val)):
                 meta[name] = _write_tokens(temporary / f"{name}.bin", documents, tokenizer)
+            meta["seconds_by_stage"] = source.seconds_by_stage()
             meta["seconds"] = round(time.perf_counter() - start, 3)
             _write(temporary / "tokenizer.json", tokenizer.to_str().encode())
             _write(temporary / "meta.json", json.dumps(meta, indent=2).encode())

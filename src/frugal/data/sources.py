@@ -27,6 +27,10 @@ class Source(ABC):
     def documents(self) -> Iterator[str | Document]:
         """The documents, always in the same order."""
 
+    def seconds_by_stage(self) -> dict[str, float]:
+        """What making the content took and a run on it is charged; asked for after the documents were read."""
+        return {}
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Hash of everything the documents depend on: changed content gives a new cache."""

@@ -54,10 +54,9 @@ class Generated(Source):
             raise UserError(f"data.source.path: {record_of(path)} is the record of another text than {self.path}")
         return record
 
-    @property
-    def seconds(self) -> float:
+    def seconds_by_stage(self) -> dict[str, float]:
         """Seconds of generation and verification that a run on this source is charged."""
-        return self.share_of_seconds * self.record()["seconds"]
+        return {"synthesis": self.share_of_seconds * self.record()["seconds"]}
 
     def documents(self) -> Iterator[Document]:
         """The kept texts; a task's level where the prompt was a task."""
@@ -67,5 +66,5 @@ class Generated(Source):
                 yield Document(row["text"], source=self.name, level=row["level"])
 
     def fingerprint(self) -> str:
-        """Hash of the text."""
-        return hashlib.sha256(("generated " + self.record()["sha256"]).encode()).hexdigest()
+        """Hash of the text and of what a run pays for it."""
+        return hashlib.sha256(f"generated {self.record()['sha256']} {self.share_of_seconds}".encode()).hexdigest()

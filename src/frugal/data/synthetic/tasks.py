@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ class Tasks(Source):
         require(ordered, "data.source.template: must hold {question} and then {answer}, each once")
         self.tasks, self.levels, self.n, self.seed = tasks, levels, n, seed
         self.holdout, self.template = holdout, template
+        self._seconds = 0.0
 
     @abstractmethod
     def item(self, task: str, level: int, index: int) -> Item:
@@ -142,9 +144,20 @@ class Tasks(Source):
         return list(self._distinct(task, level, n, held_out=True, seen=set()))
 
     def documents(self) -> Iterator[Document]:
-        """One document per training item."""
-        for item in self.training_items():
+        """One document per training item; the seconds that making them takes are counted."""
+        items, seconds = self.training_items(), 0.0
+        while True:
+            start = time.perf_counter()
+            item = next(items, None)
+            seconds += time.perf_counter() - start
+            if item is None:
+                break
             yield Document(self.text(item), source=f"{self.name}/{item.task}", level=item.level)
+        self._seconds = seconds
+
+    def seconds_by_stage(self) -> dict[str, float]:
+        """What making the documents took."""
+        return {"synthesis": self._seconds}
 
     def fingerprint(self) -> str:
         """Hash of the settings and of the version of what makes the items."""

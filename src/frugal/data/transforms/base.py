@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,7 +19,7 @@ from frugal.data.tokenization import EOT
 from frugal.errors import UserError
 from frugal.schedule import Ramp
 
-IGNORE = -100  # label of a position that is not predicted
+IGNORE = -100  # label of a position that is not predicted, as in data.batches
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,25 @@ class TextTransform(ABC):
         """Transform a sample; what lies beyond `length` tokens of the result is of no use to anyone."""
 
 
+@dataclass(frozen=True)
+class SampleClock:
+    """Which optimizer step sees a sample: what makes a schedule by step a function of the sample's index.
+
+    Args:
+        step: the step at which this process began.
+        first_sample: samples that all ranks had seen until then.
+        samples_per_step: samples of one step, over all ranks and micro-batches.
+    """
+
+    step: int = 0
+    first_sample: int = 0
+    samples_per_step: int = 1
+
+    def at(self, index: int) -> int:
+        """The step of sample number `index`."""
+        return self.step + (index - self.first_sample) // self.samples_per_step
+
+
 class TextTransforms:
     """A list of transforms as one function: the same (window, seed, index, step) always gives the same sequence.
 
@@ -116,9 +136,13 @@ class TextTransforms:
         self.transforms, self.seed = list(transforms), seed
         own = Tokenizer.from_str(tokenizer.to_str())
         own.encode_special_tokens = True  # a marker inside a text is text like any other
-        self.end = own.token_to_id(EOT)
+        self.tokenizer, self.end = own, own.token_to_id(EOT)
         for transform in self.transforms:
             transform.bind(own)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A tokenizer loses the treatment of markers on its way to another process.
+        return TextTransforms, (self.transforms, self.tokenizer, self.seed)
 
     def _lengths(self, length: int) -> list[int]:
         """Tokens wanted before each transform, and at the end."""
