@@ -65,7 +65,7 @@ def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transforme
 
 
 def complete(
-    model: Transformer,
+    model: Transformer | HFModel,
     tokenizer: Tokenizer,
     prompts: list[str],
     max_new_tokens: int,

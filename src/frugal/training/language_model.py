@@ -294,6 +294,7 @@ class LanguageModel(pl.LightningModule):
         if theirs is None:
             raise UserError(
                 "ckpt_path: the file is no frugal language-model checkpoint (it has no `transformer` entry)"
+                + ("; it holds a transformers model: set model.class_path" if "hugging_face" in checkpoint else "")
             )
         # Keys that are younger than the checkpoint have their neutral defaults; an unknown one is named below.
         with contextlib.suppress(TypeError, UserError):
