@@ -9,12 +9,13 @@ import torch
 
 from frugal.data.synthetic.tasks import Item, Tasks
 from frugal.errors import UserError
+from frugal.model.hf_model import HFModel
 from frugal.model.transformer import Transformer
 from frugal.training.inference import complete
 
 
 def accuracy(
-    model: Transformer, tokenizer: Any, tasks: Tasks, items: list[Item], max_new_tokens: int = 32
+    model: Transformer | HFModel, tokenizer: Any, tasks: Tasks, items: list[Item], max_new_tokens: int = 32
 ) -> dict[tuple[str, int], float]:
     """Share of right answers, by task and level, when the model takes the likeliest token each time.
 
