@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from frugal.errors import UserError
+from frugal.model.config import Frozen
 from frugal.model.linear import linear
 from frugal.planning.hardware import Hardware, choose_hardware, load_hardware
 from frugal.tracking.run_folder import RunFolder, keep_steps, read_lines
@@ -74,8 +75,8 @@ class CostMeter(pl.Callback):
         self.joules = self.dollars = 0.0
         self.row: Hardware | None = None
         self._mark = 0.0
-        self._window = (0, 0.0)
-        self._flops_per_token: dict[int, float] = {}
+        self._window = (0, 0.0, 0.0)
+        self._flops_per_token: dict[tuple[int, Frozen], float] = {}
 
     # --- the clock: every moment of the fit belongs to one of the phases
 
@@ -115,26 +116,28 @@ class CostMeter(pl.Callback):
         if charged and "data" not in self.seconds:  # once for a run, however often it is resumed
             self.seconds["data"] = 0.0
             self._spend("data", charged)
-        self._window = (self.tokens, self.seconds["train"])
+        self._window = (self.tokens, self.seconds["train"], self.flops)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
         """Count the micro-batch; log the speed at the end of each window."""
         shape = batch["input_ids"].shape
         tokens = shape.numel() * trainer.world_size
-        if shape[1] not in self._flops_per_token:
-            self._flops_per_token[shape[1]] = pl_module.flops_per_token(shape[1]).training
+        key = (shape[1], pl_module.frozen)  # what is frozen in this step costs less
+        if key not in self._flops_per_token:
+            self._flops_per_token[key] = pl_module.flops_per_token(shape[1]).training
         self.tokens += tokens
-        self.flops += tokens * self._flops_per_token[shape[1]]
+        self.flops += tokens * self._flops_per_token[key]
         if pl_module.step_complete and trainer.global_step % trainer.log_every_n_steps == 0:
             _synchronize(self.device)
             self._lap("train")
             tokens, seconds = self.tokens - self._window[0], self.seconds["train"] - self._window[1]
-            self._window = (self.tokens, self.seconds["train"])
+            flops = self.flops - self._window[2]
+            self._window = (self.tokens, self.seconds["train"], self.flops)
             speed = tokens / max(seconds, 1e-9)
             pl_module.log("speed/tokens_per_second", speed, prog_bar=True)
             pl_module.log_dict(
                 {
-                    "speed/mfu": self._mfu(speed * self._flops_per_token[shape[1]], trainer.world_size),
+                    "speed/mfu": self._mfu(flops / max(seconds, 1e-9), trainer.world_size),
                     "cost/tokens": float(self.tokens),
                     "cost/flops": self.flops,
                     "cost/seconds": sum(self.seconds.values()),

@@ -43,5 +43,6 @@ class ExpertBias(pl.Callback):
         if self.rate == 0 or resting or not pl_module.step_complete:
             return
         for moe in pl_module.model.moe_layers().values():
-            if moe.router.expert_bias is not None:  # model.transformer.moe.expert_bias
+            # None without model.transformer.moe.expert_bias; a frozen router's bias rests with its weights.
+            if moe.router.expert_bias is not None and moe.router.weight.requires_grad:
                 moe.router.expert_bias.copy_(updated_bias(moe.router.expert_bias, moe.load, self.rate))

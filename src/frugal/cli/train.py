@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from frugal.callbacks.cost import CostMeter
 from frugal.callbacks.expert_bias import ExpertBias
+from frugal.callbacks.freezing import Freezing
 from frugal.callbacks.progress import Progress
 from frugal.callbacks.report import RunReport
 from frugal.callbacks.routing import RoutingMonitor
@@ -44,6 +45,7 @@ class FrugalCLI(LightningCLI):
         parser.add_class_arguments(RunConfig, "run")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExpertBias, "expert_bias")
+        parser.add_lightning_class_args(Freezing, "freezing")
         parser.add_lightning_class_args(TextSamples, "samples")
         parser.add_lightning_class_args(CostMeter, "cost")
         OPTIONS.update(action.dest for action in parser._actions)

@@ -19,12 +19,14 @@ from frugal.model.counts import (
     kv_cache_bytes_per_token,
     state_memory,
 )
+from frugal.model.frozen_counts import Frozen
 from frugal.model.sharing_config import SharingConfig
 
 __all__ = [
     "AttentionConfig",
     "Counts",
     "Flops",
+    "Frozen",
     "LatentConfig",
     "MoEConfig",
     "SharingConfig",

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING
 
+from frugal.model.frozen_counts import Frozen, backward_flops_per_token
+
 if TYPE_CHECKING:
     from frugal.model.config import TransformerConfig
 
@@ -140,7 +142,7 @@ class Flops:
         return self.forward + self.backward + self.mtp
 
 
-def flops_per_token(config: TransformerConfig, seq_len: int) -> Flops:
+def flops_per_token(config: TransformerConfig, seq_len: int, frozen: Frozen | None = None) -> Flops:
     """FLOPs of one token in a training step, matrix products only.
 
     Every weight that multiplies a token costs 2 FLOPs forward and 4 backward (gradients of input and of weight):
@@ -149,6 +151,9 @@ def flops_per_token(config: TransformerConfig, seq_len: int) -> Flops:
     keys and of probabilities with values over (seq_len + 1) / 2 positions on average: 2 n_heads (d_qk + d_v) per
     position forward and twice that backward (Dao 2023 counts the causal half likewise). In this convention DeepSeek-V3
     costs 250 GFLOPs per token at 4,096 tokens, the figure of its authors (Zhao et al. 2025, arXiv 2505.09343, table 2).
+
+    Args:
+        frozen: what the step leaves alone; the backward pass then costs only what is left of it.
     """
     attention, d_head = config.attention, config.head_dim
     latent = attention.latent
@@ -162,8 +167,9 @@ def flops_per_token(config: TransformerConfig, seq_len: int) -> Flops:
     each = _mtp_tally(config).matrices // max(config.n_mtp, 1)
     # The k-th module has no answer for the last k positions.
     lengths = [max(seq_len - k, 0) for k in range(1, config.n_mtp + 1)]
-    mtp = sum(3 * of(1, each, length) * length / seq_len for length in lengths)
-    return Flops(forward=forward, backward=2 * forward, mtp=mtp)
+    mtp = sum(of(1, each, length) * length / seq_len for length in lengths)
+    backward = backward_flops_per_token(config, seq_len, frozen) if frozen else (2 * forward, 2 * mtp)
+    return Flops(forward=forward, backward=backward[0], mtp=mtp + backward[1])
 
 
 def kv_cache_bytes_per_token(config: TransformerConfig, bytes_per_element: int = 2) -> int:

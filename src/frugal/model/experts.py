@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frugal.model.config import TransformerConfig
-from frugal.model.grouped import dispatch, grouped_nt, grouped_tn
+from frugal.model.grouped import dispatch, grouped_nt, grouped_tn, grouped_tn_some
 
 
 class Routing(NamedTuple):
@@ -21,6 +21,17 @@ class Routing(NamedTuple):
 
     weights_TK: Tensor
     experts_TK: Tensor
+
+
+class TrainedExperts(NamedTuple):
+    """The only experts of a layer that train: which, int64 [S], and their slices of w13 and w2 as own leaves.
+
+    The products use the whole stacks; whoever updates the slices writes them back (`frugal.training.expert_slices`).
+    """
+
+    index_S: Tensor
+    w13_SHD: Tensor
+    w2_SDI: Tensor
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -41,19 +52,23 @@ class _GroupedSwiGLU(torch.autograd.Function):
         order_N: Tensor,
         inverse_N: Tensor,
         ends_E: Tensor,
+        index_S: Tensor | None,
+        w13_SHD: Tensor | None,
+        w2_SDI: Tensor | None,
     ) -> Tensor:
         top_k = weights_TK.shape[1]
         hidden_NH = grouped_nt(x_TD[order_N // top_k], w13_EHD, ends_E)
         gate_NI, up_NI = hidden_NH.chunk(2, dim=1)
         weight_N1 = weights_TK.flatten()[order_N].unsqueeze(1).to(x_TD.dtype)
         out_ND = grouped_nt(F.silu(gate_NI) * up_NI * weight_N1, w2_EDI, ends_E)
-        ctx.save_for_backward(x_TD, w13_EHD, w2_EDI, weights_TK, order_N, inverse_N, ends_E, hidden_NH)
+        ctx.save_for_backward(x_TD, w13_EHD, w2_EDI, weights_TK, order_N, inverse_N, ends_E, hidden_NH, index_S)
         return out_ND[inverse_N].unflatten(0, (-1, top_k)).sum(dim=1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, w13_EHD, w2_EDI, weights_TK, order_N, inverse_N, ends_E, hidden_NH = ctx.saved_tensors
+        x_TD, w13_EHD, w2_EDI, weights_TK, order_N, inverse_N, ends_E, hidden_NH, index_S = ctx.saved_tensors
         needs_x, needs_w13, needs_w2, needs_weights = ctx.needs_input_grad[:4]
+        needs_w13_S, needs_w2_S = ctx.needs_input_grad[8:10]
         top_k = weights_TK.shape[1]
         token_N = order_N // top_k
         grad_ND = grads[0][token_N]
@@ -62,10 +77,12 @@ class _GroupedSwiGLU(torch.autograd.Function):
         sigmoid_NI = gate_NI.sigmoid()
         silu_NI = gate_NI * sigmoid_NI
         active_NI = silu_NI * up_NI
-        grad_x = grad_w13 = grad_w2 = grad_weights = None
+        grad_x = grad_w13 = grad_w2 = grad_weights = grad_w13_S = grad_w2_S = None
         if needs_w2:
             grad_w2 = grouped_tn(grad_ND, active_NI * weight_N1, ends_E)
-        if needs_x or needs_w13 or needs_weights:
+        if needs_w2_S:
+            grad_w2_S = grouped_tn_some(grad_ND, active_NI * weight_N1, ends_E, index_S)
+        if needs_x or needs_w13 or needs_weights or needs_w13_S:
             grad_active_NI = grouped_nt(grad_ND, w2_EDI.transpose(1, 2), ends_E)
             if needs_weights:
                 grad_weight_N = (grad_active_NI * active_NI).sum(dim=1, dtype=weights_TK.dtype)
@@ -76,14 +93,19 @@ class _GroupedSwiGLU(torch.autograd.Function):
             )
             if needs_w13:
                 grad_w13 = grouped_tn(grad_hidden_NH, x_TD[token_N], ends_E)
+            if needs_w13_S:
+                grad_w13_S = grouped_tn_some(grad_hidden_NH, x_TD[token_N], ends_E, index_S)
             if needs_x:
                 grad_rows_ND = grouped_nt(grad_hidden_NH, w13_EHD.transpose(1, 2), ends_E)
                 grad_x = grad_rows_ND[inverse_N].unflatten(0, (-1, top_k)).sum(dim=1)
-        return grad_x, grad_w13, grad_w2, grad_weights, None, None, None
+        return grad_x, grad_w13, grad_w2, grad_weights, None, None, None, None, grad_w13_S, grad_w2_S
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts, stacked as Hugging Face stacks them: w13 [E, 2I, D] (gate over up), w2 [E, D, I]."""
+    """E SwiGLU experts, stacked as Hugging Face stacks them: w13 [E, 2I, D] (gate over up), w2 [E, D, I].
+
+    With `trained` set and the stacks frozen, gradients are taken for those experts alone.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -91,6 +113,7 @@ class Experts(nn.Module):
         moe = config.moe
         self.w13 = nn.Parameter(torch.empty(moe.n_experts, 2 * moe.d_expert, config.d_model))
         self.w2 = nn.Parameter(torch.empty(moe.n_experts, config.d_model, moe.d_expert))
+        self.trained: TrainedExperts | None = None
 
     def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """Return the weighted sum of each token's experts [T, D], and how many rows each expert got [E]."""
@@ -101,4 +124,10 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x_TD.device.type):
             dtype = torch.get_autocast_dtype(x_TD.device.type)
             x_TD, w13, w2 = x_TD.to(dtype), w13.to(dtype), w2.to(dtype)
-        return _GroupedSwiGLU.apply(x_TD, w13, w2, routing.weights_TK, order_N, inverse_N, ends_E), load_E
+        index_S, w13_SHD, w2_SDI = self.trained or (None, None, None)
+        if w13_SHD is not None and w2_SDI is not None and torch.is_autocast_enabled(x_TD.device.type):
+            w13_SHD, w2_SDI = w13_SHD.to(w13.dtype), w2_SDI.to(w2.dtype)
+        out_TD = _GroupedSwiGLU.apply(
+            x_TD, w13, w2, routing.weights_TK, order_N, inverse_N, ends_E, index_S, w13_SHD, w2_SDI
+        )
+        return out_TD, load_E

@@ -73,10 +73,20 @@ def grouped_tn(a_NA: Tensor, b_NB: Tensor, ends_E: Tensor) -> Tensor:
     return torch.ops.frugal.grouped_tn(a_NA, b_NB, ends_E)
 
 
-def _spans(ends_E: Tensor) -> list[tuple[int, slice]]:
-    """The groups that have rows, as (group, rows)."""
+def grouped_tn_some(a_NA: Tensor, b_NB: Tensor, ends_E: Tensor, index_S: Tensor) -> Tensor:
+    """The same for the groups `index_S` (ascending) only, [S, A, B]; the other groups' rows cost nothing.
+
+    A loop on every device: on CUDA it waits for the groups' ends.
+    """
+    return torch.ops.frugal.grouped_tn_some(a_NA, b_NB, ends_E, index_S)
+
+
+def _spans(ends_E: Tensor, index_S: Tensor | None = None) -> list[tuple[int, slice]]:
+    """The groups that have rows, as (position among the wanted groups, rows)."""
     ends = ends_E.tolist()
-    return [(i, slice(start, end)) for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
+    spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    wanted = range(len(spans)) if index_S is None else index_S.tolist()
+    return [(i, spans[group]) for i, group in enumerate(wanted) if spans[group].stop > spans[group].start]
 
 
 # oneDNN generates code for each new shape, so rows go to it in multiples of this.
@@ -100,10 +110,11 @@ def _grouped_nt(a_NA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
     return torch.cat(parts) if parts else a_NA.new_empty(0, w_EBA.shape[1])
 
 
-def _grouped_tn(a_NA: Tensor, b_NB: Tensor, ends_E: Tensor) -> Tensor:
-    out_EAB = a_NA.new_zeros(ends_E.shape[0], a_NA.shape[1], b_NB.shape[1])
+def _grouped_tn(a_NA: Tensor, b_NB: Tensor, ends_E: Tensor, index_S: Tensor | None = None) -> Tensor:
+    groups = ends_E if index_S is None else index_S
+    out_EAB = a_NA.new_zeros(groups.shape[0], a_NA.shape[1], b_NB.shape[1])
     onednn = linear.suits_onednn(a_NA, b_NB)
-    for i, rows in _spans(ends_E):
+    for i, rows in _spans(ends_E, index_S):
         split = rows.stop - (rows.stop - rows.start) % _ROWS if onednn else rows.start
         if split > rows.start:
             out_EAB[i] = linear.onednn_tn(a_NA[rows.start : split], b_NB[rows.start : split])
@@ -117,11 +128,13 @@ _library.define("dispatch(Tensor experts, int n_experts) -> (Tensor, Tensor, Ten
 _library.define("add_load(Tensor(a!) total, Tensor load) -> ()")
 _library.define("grouped_nt(Tensor a, Tensor w, Tensor ends) -> Tensor")
 _library.define("grouped_tn(Tensor a, Tensor b, Tensor ends) -> Tensor")
+_library.define("grouped_tn_some(Tensor a, Tensor b, Tensor ends, Tensor index) -> Tensor")
 for _device in ("CPU", "CUDA"):
     _library.impl("dispatch", _dispatch, _device)
     _library.impl("add_load", _add_load, _device)
     _library.impl("grouped_nt", _grouped_nt, _device)
     _library.impl("grouped_tn", _grouped_tn, _device)
+    _library.impl("grouped_tn_some", _grouped_tn, _device)
 
 
 @torch.library.register_fake("frugal::dispatch", lib=_library)
@@ -143,6 +156,17 @@ def _(a_NA: Tensor, w_EBA: Tensor, ends_E: Tensor) -> Tensor:
 @torch.library.register_fake("frugal::grouped_tn", lib=_library)
 def _(a_NA: Tensor, b_NB: Tensor, ends_E: Tensor) -> Tensor:
     return a_NA.new_empty(ends_E.shape[0], a_NA.shape[1], b_NB.shape[1])
+
+
+@torch.library.register_fake("frugal::grouped_tn_some", lib=_library)
+def _(a_NA: Tensor, b_NB: Tensor, ends_E: Tensor, index_S: Tensor) -> Tensor:
+    return a_NA.new_empty(index_S.shape[0], a_NA.shape[1], b_NB.shape[1])
+
+
+@register_flop_formula(torch.ops.frugal.grouped_tn_some, get_raw=True)
+def _some_flops(a_NA: Tensor, b_NB: Tensor, ends_E: Tensor, index_S: Tensor, *args: Any, **kwargs: Any) -> int:
+    rows = sum(rows.stop - rows.start for _, rows in _spans(ends_E, index_S))
+    return 2 * rows * a_NA.shape[1] * b_NB.shape[1]
 
 
 @register_flop_formula([torch.ops.frugal.grouped_nt, torch.ops.frugal.grouped_tn])

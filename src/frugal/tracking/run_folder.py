@@ -65,6 +65,11 @@ class RunFolder:
         return self.path / "expert_load.jsonl"
 
     @property
+    def freezing(self) -> Path:
+        """One JSON object per line: each change of what is frozen, and each decision with its scores."""
+        return self.path / "freezing.jsonl"
+
+    @property
     def summary(self) -> Path:
         """What the closing card shows, as JSON."""
         return self.path / "summary.json"

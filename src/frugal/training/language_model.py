@@ -14,7 +14,7 @@ from torch import Tensor
 
 from frugal.data.batches import IGNORE
 from frugal.errors import UserError
-from frugal.model.config import Counts, Flops, TransformerConfig, count_parameters, flops_per_token
+from frugal.model.config import Counts, Flops, Frozen, TransformerConfig, count_parameters, flops_per_token
 from frugal.model.hf import from_hf, read_hf_shape
 from frugal.model.transformer import Transformer
 from frugal.schedule import LossWeight, WarmupStableDecay
@@ -68,6 +68,7 @@ class LanguageModel(pl.LightningModule):
             self._check_shape(init_from)
         self.mtp_loss_weight = mtp_loss_weight or LossWeight()
         self.compile_blocks = compile
+        self.frozen = Frozen()  # what the current step leaves alone (callbacks.freezing)
         self.model: Transformer | None = None
         self.validation_loss: TextLoss | None = None
         self._step_nats: Tensor | None = None
@@ -120,8 +121,8 @@ class LanguageModel(pl.LightningModule):
         return count_parameters(self.config)
 
     def flops_per_token(self, seq_len: int) -> Flops:
-        """What a token of a training step costs."""
-        return flops_per_token(self.config, seq_len)
+        """What a token of a training step costs, with what is frozen now."""
+        return flops_per_token(self.config, seq_len, self.frozen)
 
     @property
     def step_complete(self) -> bool:
@@ -210,7 +211,7 @@ class LanguageModel(pl.LightningModule):
         for k, (mtp_nats, mtp_valid) in enumerate(mtp.view(-1, 2), start=1):
             self.log(f"train/mtp_loss_{k}", mtp_nats / mtp_valid.clamp_min(1))
         scale = self._step_positions * self.trainer.world_size / valid.clamp_min(1)
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
         torch._foreach_mul_(grads, scale)
         self.log("train/loss", nats / valid, prog_bar=True)
         self._step_nats, self._step_valid, self._step_mtp, self._step_positions = None, None, None, 0
@@ -227,11 +228,12 @@ class LanguageModel(pl.LightningModule):
     ) -> None:
         """Clip by the global norm (or by value, as trainer.gradient_clip_algorithm says); log the norm before it."""
         by_value = gradient_clip_algorithm == "value"
+        parameters = _parameters(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters(), float("inf") if by_value else gradient_clip_val or float("inf")
+            parameters, float("inf") if by_value else gradient_clip_val or float("inf")
         )
         if by_value and gradient_clip_val:
-            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         self.log("optim/grad_norm", norm)
         self.log("optim/lr", optimizer.param_groups[0]["lr"])
 
@@ -305,6 +307,11 @@ class LanguageModel(pl.LightningModule):
                 "ckpt_path: the checkpoint has another shape (its run's config.yaml gives it back): "
                 + "; ".join(differences)
             )
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What the optimizer steps; while experts train alone, their slices and not the stacks."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def shape_differences(theirs: Any, ours: Any, key: str) -> list[str]:
