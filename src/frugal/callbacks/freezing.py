@@ -115,6 +115,8 @@ class Freezing(pl.Callback):
         if self._loaded_slices:
             self._slices.adopt(self._loaded_slices)
         self._loads = {layer: load.to(pl_module.device) for layer, load in self._loads.items()}
+        if not (self.importance or self.experts):
+            self.decisions = []  # switched off since the checkpoint
         self._apply(trainer, pl_module, trainer.global_step - 1, say=False)  # where the checkpoint left off
         if self.experts and not self.decisions:
             self._choose_experts(trainer, pl_module, self.experts)
@@ -156,10 +158,10 @@ class Freezing(pl.Callback):
 
     def _apply(self, trainer: pl.Trainer, pl_module: Any, step: int, say: bool) -> None:
         state = plan.frozen_at(step, self.windows, self.decisions, self.names, self.model.config.n_layers)
-        if state == self._now:
+        assert self._slices is not None
+        if state == self._now and self._slices.narrowed == state[1]:
             return
         self._check(state)
-        assert self._slices is not None
         frozen, experts, shares = self._now = state
         self._slices.set(experts)
         stacks = {name for layer in experts for name in plan.expert_stacks(layer, self.model.config.n_layers)}
@@ -194,6 +196,10 @@ class Freezing(pl.Callback):
         if not trainer.is_global_zero:
             return
         shown = ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+        if experts:
+            stacks = self._slices.stacks if self._slices else {}
+            resting = sum(len(stacks[layer].w13) - len(trained) for layer, trained in experts.items())
+            shown += f"{', ' if shown else ''}{resting} experts"
         log.info("step %d: frozen: %s; saves %.1f%% of a step's FLOPs", step, shown or "nothing", 100 * saved)
         if detach:
             self._say(
