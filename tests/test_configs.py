@@ -8,8 +8,10 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 import frugal.cli.train as cli
+from frugal.model.hf_model import hf_config
 from frugal.model.transformer import Transformer
 from frugal.planning.model_card import read_transformer
+from frugal.training.hugging_face import HuggingFaceModel
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
@@ -23,11 +25,14 @@ def test_shipped_configs_parse_and_build(path: Path | None, monkeypatch: pytest.
     monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, name: built.append(self))
     cli.main(["fit", *(["--config", str(path)] if path else [])])
     (made,) = built
-    with torch.device("meta"):
-        model = Transformer(made.model.config)
-    assert sum(p.numel() for p in model.parameters()) > 100_000
-    assert made.model.config.vocab_size == made.datamodule.tokenizer_config.vocab_size
-    assert made.model.config.max_seq_len == made.datamodule.seq_len
+    if isinstance(made.model, HuggingFaceModel):
+        assert made.model.values and hf_config(made.model.values)
+    else:
+        with torch.device("meta"):
+            model = Transformer(made.model.config)
+        assert sum(p.numel() for p in model.parameters()) > 100_000
+        assert made.model.config.vocab_size == made.datamodule.tokenizer_config.vocab_size
+        assert made.model.config.max_seq_len == made.datamodule.seq_len
     if path:
         assert made.run_config.name == path.stem
         assert made.trainer.default_root_dir.startswith(f"runs/{path.stem}/")
