@@ -10,7 +10,7 @@ from frugal.data.sources import Source
 FOLDER = Path(__file__).parents[2] / "configs" / "data"
 
 
-@pytest.mark.parametrize("name", ["kjv", "local_text", "hub_text"])
+@pytest.mark.parametrize("name", ["kjv", "local_text", "hub_text", "reasoning", "physics"])
 def test_fragment_builds_a_datamodule(name: str) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")

@@ -49,7 +49,7 @@ class Tasks(Source):
             the answer; end it with a line's end, which no tokenizer of ours joins with what follows.
     """
 
-    MAX_TRIES = 50  # items drawn for each one wanted, before a task counts as exhausted
+    PATIENCE = 1000  # draws without a new question, before a task counts as exhausted
 
     def __init__(
         self,
@@ -108,15 +108,16 @@ class Tasks(Source):
         return int.from_bytes(digest[:8], "big") < self.holdout * 2**64
 
     def _distinct(self, task: str, level: int, n: int, held_out: bool, seen: set[str]) -> Iterator[Item]:
-        found = 0
-        for index in range(n * self.MAX_TRIES if not held_out else int(n * self.MAX_TRIES / self.holdout)):
-            if found == n:
-                return
+        """The first n questions of a part that are not in `seen`, which grows."""
+        share = self.holdout if held_out else 1 - self.holdout
+        found, index, last = 0, 0, 0
+        # A task counts as exhausted when what it draws has brought nothing new for long.
+        while found < n and (index - last) * share < self.PATIENCE + 10 * found:
             item = self.item(task, level, index)
-            question = item.question.strip()
-            if question not in seen and self.is_held_out(question) == held_out:
+            question, index = item.question.strip(), index + 1
+            if self.is_held_out(question) == held_out and question not in seen:
                 seen.add(question)
-                found += 1
+                found, last = found + 1, index
                 yield item
         if found < n and not held_out:
             log.warning("%s at level %d has only %d different questions, not %d", task, level, found, n)
