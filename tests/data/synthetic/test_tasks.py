@@ -25,7 +25,7 @@ def physics(**changes: Any) -> Physics:
 
 
 def test_documents_carry_task_and_level_in_the_asked_numbers() -> None:
-    documents = list(gym(n=80).documents())
+    documents = list(gym(n=80, order="levels").documents())
     assert [document.level for document in documents] == [0] * 80 + [2] * 80
     for level in (0, 2):
         sources = [document.source for document in documents if document.level == level]
@@ -34,6 +34,13 @@ def test_documents_carry_task_and_level_in_the_asked_numbers() -> None:
     sums = [(d.level, d.text.split(": ")[1].split(" =")[0]) for d in documents if "=" in d.text]
     # Two terms of one digit; four terms of three digits.
     assert all(len(text.split()) == {0: 3, 2: 7}[level] and len(text) == {0: 5, 2: 21}[level] for level, text in sums)
+
+
+def test_levels_are_mixed_unless_asked_for_in_turn() -> None:
+    levels = [document.level for document in gym(n=80).documents()]
+    assert 5 < sum(level == 2 for level in levels[-20:]) < 15 and levels.count(0) == levels.count(2) == 80
+    texts = [{document.text for document in gym(n=80, order=order).documents()} for order in ("mixed", "levels")]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("source", [gym(), physics()], ids=["reasoning-gym", "physics"])

@@ -120,6 +120,7 @@ class Physics(Tasks):
         decimals: digits after the point of every number.
         tolerance: how far a right answer's numbers may be off, in units of the last digit.
         template: a document's text.
+        order: documents of all levels mixed, or level by level.
     """
 
     name = "physics"
@@ -137,8 +138,9 @@ class Physics(Tasks):
         decimals: int = 2,
         tolerance: float = 1.0,
         template: str = "{question}\n{answer}\n",
+        order: Literal["mixed", "levels"] = "mixed",
     ) -> None:
-        super().__init__(tasks, levels, n, seed, holdout, template)
+        super().__init__(tasks, levels, n, seed, holdout, template, order)
         if unknown := set(tasks) - set(SYSTEMS):
             raise UserError(f"data.source.tasks: no system {sorted(unknown)[0]!r}; there are {', '.join(SYSTEMS)}")
         for level in levels:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from typing import Any
+from typing import Any, Literal
 
 from frugal.data.synthetic.tasks import Item, Tasks, refuse_level
 from frugal.errors import UserError
@@ -28,6 +28,7 @@ class ReasoningGym(Tasks):
         seed: decides the items. Unlike in reasoning-gym itself, neighbouring seeds do not share their items.
         holdout: share of all questions that is kept for measuring accuracy.
         template: a document's text.
+        order: documents of all levels mixed, or level by level.
         options: settings of a task that its curriculum leaves alone, by task.
     """
 
@@ -41,9 +42,10 @@ class ReasoningGym(Tasks):
         seed: int = 0,
         holdout: float = 0.05,
         template: str = "{question}\n{answer}\n",
+        order: Literal["mixed", "levels"] = "mixed",
         options: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(tasks, levels, n, seed, holdout, template)
+        super().__init__(tasks, levels, n, seed, holdout, template, order)
         self.options = options or {}
         self._datasets: dict[tuple[str, int], Any] = {}
 

@@ -9,7 +9,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Tasks(Source):
 
     A question belongs to the held-out part by its hash, whatever the seed, the level or the index that led to it: so
     no held-out question is ever trained on, and tasks with few different questions cannot leak. No question is given
-    twice. Documents come level by level, the tasks of a level mixed.
+    twice.
 
     Args:
         tasks: weight of each task.
@@ -47,6 +47,7 @@ class Tasks(Source):
         holdout: share of all questions that is kept for measuring accuracy.
         template: a document's text; `{question}` and `{answer}` stand for what they say. The prompt is what precedes
             the answer; end it with a line's end, which no tokenizer of ours joins with what follows.
+        order: documents of all levels mixed (so that any part of them is like the whole), or level by level.
     """
 
     PATIENCE = 1000  # draws without a new question, before a task counts as exhausted
@@ -59,6 +60,7 @@ class Tasks(Source):
         seed: int,
         holdout: float,
         template: str,
+        order: Literal["mixed", "levels"] = "mixed",
     ) -> None:
         require(bool(tasks), "data.source.tasks: name at least one task")
         for name, weight in tasks.items():
@@ -74,7 +76,7 @@ class Tasks(Source):
         ) < template.index("{answer}")
         require(ordered, "data.source.template: must hold {question} and then {answer}, each once")
         self.tasks, self.levels, self.n, self.seed = tasks, levels, n, seed
-        self.holdout, self.template = holdout, template
+        self.holdout, self.template, self.order = holdout, template, order
         self._seconds = 0.0
 
     @abstractmethod
@@ -123,22 +125,28 @@ class Tasks(Source):
             log.warning("%s at level %d has only %d different questions, not %d", task, level, found, n)
 
     def training_items(self) -> Iterator[Item]:
-        """Every item that documents are made of."""
+        """Every item that documents are made of, in their order."""
+        seen: set[str] = set()
+        groups = [self._level(level, seen) for level in self.levels]
+        if self.order == "mixed":
+            groups = [[item for group in groups for item in group]]
+        for number, group in enumerate(groups):
+            order = np.random.Generator(np.random.Philox(key=[self.seed, number])).permutation(len(group))
+            yield from (group[i] for i in order.tolist())
+
+    def _level(self, level: int, seen: set[str]) -> list[Item]:
+        """The training items of a level, task by task."""
         names = [name for name, weight in self.tasks.items() if weight > 0]
         shares = np.array([self.tasks[name] for name in names]) / sum(self.tasks.values())
-        seen: set[str] = set()
-        for level in self.levels:
-            # Largest remainder: the counts add up to n.
-            counts = np.floor(shares * self.n).astype(int)
-            for i in np.argsort(counts - shares * self.n, kind="stable")[: self.n - counts.sum()]:
-                counts[i] += 1
-            found = [
-                item
-                for name, count in zip(names, counts.tolist(), strict=True)
-                for item in self._distinct(name, level, count, held_out=False, seen=seen)
-            ]
-            order = np.random.Generator(np.random.Philox(key=[self.seed, level])).permutation(len(found))
-            yield from (found[i] for i in order.tolist())
+        # Largest remainder: the counts add up to n.
+        counts = np.floor(shares * self.n).astype(int)
+        for i in np.argsort(counts - shares * self.n, kind="stable")[: self.n - counts.sum()]:
+            counts[i] += 1
+        return [
+            item
+            for name, count in zip(names, counts.tolist(), strict=True)
+            for item in self._distinct(name, level, count, held_out=False, seen=seen)
+        ]
 
     def held_out_items(self, task: str, level: int, n: int) -> list[Item]:
         """At most n questions that no training document holds; fewer where the task has not so many."""
