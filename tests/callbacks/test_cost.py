@@ -1,4 +1,6 @@
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,15 @@ def test_impossible_settings_name_their_key() -> None:
         CostMeter(hardware_file=TABLE, peak_tflops=0)
     with pytest.raises(UserError, match=r"cost\.hardware: no row 'abacus'"):
         CostMeter(hardware_file=TABLE, hardware="abacus")
+
+
+def test_what_the_data_took_is_charged_once_however_often_a_run_is_resumed(train: Callable[..., Path]) -> None:
+    source = "{class_path: frugal.data.synthetic.physics.Physics, init_args: {n: 150}}"
+    options = ("--data.source", source)
+    train("fit", "--trainer.max_steps", "4", *options)
+    folder = train("fit", "--trainer.max_steps", "8", "--ckpt_path", "last", *options)
+    summary = json.loads((folder / "summary.json").read_text())
+    (meta,) = (json.loads(path.read_text()) for path in Path(".cache").glob("*/meta.json"))
+    assert summary["global_step"] == 8
+    assert summary["seconds_by_phase"]["data"] == meta["seconds_by_stage"]["synthesis"] > 0
+    assert summary["seconds"] == pytest.approx(sum(summary["seconds_by_phase"].values()))
