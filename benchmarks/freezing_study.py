@@ -1,0 +1,106 @@
+"""Freezing against its fair controls: shorter unfrozen runs of equal FLOPs and of equal seconds, paired by seed.
+
+    python benchmarks/freezing_study.py 040_freezing_prefix OUT [--seeds 5] [-- further options of train.py]
+
+Per seed four runs of train.py: frozen, full (unfrozen, as many steps), and unfrozen for as many steps as cost the
+frozen run's FLOPs, and its training seconds. A shorter run's learning rate decays over its own length. Runs lie in
+OUT/runs; finished ones are not repeated and an interrupted one goes on, so the script can be stopped and started again.
+Writes OUT/<experiment>.md: the paired differences of the best validation loss (bits per byte) with a 95% interval. Run
+it on an otherwise idle machine, or the seconds mean little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+# Student's t, 97.5%, by degrees of freedom (n - 1 pairs).
+T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def run(out: Path, name: str, seed: int, options: list[str]) -> dict[str, Any]:
+    """The summary of a run, which is started or continued only if it has not finished."""
+    found = sorted((out / "runs" / name).glob("*/summary.json"))
+    if not found:
+        command = [sys.executable, str(ROOT / "train.py"), "fit", *options, "--run.name", name, "--ckpt_path", "last"]
+        command += ["--run.root", str(out / "runs"), "--run.wandb", "disabled", "--seed_everything", str(seed)]
+        subprocess.run(command, check=True, cwd=ROOT)
+        found = sorted((out / "runs" / name).glob("*/summary.json"))
+    return json.loads(found[-1].read_text())
+
+
+def steps_of(options: list[str], experiment: str) -> int:
+    """The frozen run's length, from the options, the experiment or the base config."""
+    if "--trainer.max_steps" in options:
+        return int(options[options.index("--trainer.max_steps") + 1])
+    for path in (f"experiments/{experiment}.yaml", "base.yaml"):
+        trainer = yaml.safe_load((ROOT / "configs" / path).read_text()).get("trainer", {})
+        if "max_steps" in trainer:
+            return int(trainer["max_steps"])
+    raise SystemExit("trainer.max_steps is set nowhere")
+
+
+def verdict(differences: list[float]) -> str:
+    """Mean, interval and what it says; a lower loss of the frozen run is a saving."""
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return f"{mean:+.4f}, one pair: no verdict"
+    half = T975[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
+    word = "saves" if mean + half < 0 else "costs" if mean - half > 0 else "ties"
+    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]: {word}"
+
+
+def main() -> None:
+    """Run what is missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11))
+    ours, options = sys.argv[1:], []
+    if "--" in ours:  # what follows goes to all runs of train.py
+        ours, options = ours[: ours.index("--")], ours[ours.index("--") + 1 :]
+    args = parser.parse_args(ours)
+    out = args.out.resolve()
+    overlay = ["--config", str(ROOT / "configs" / "experiments" / f"{args.experiment}.yaml")]
+    off = ["--freezing.windows", "null", "--freezing.prefix", "null", "--freezing.importance", "null"]
+    off += ["--freezing.experts", "null"]
+    steps = steps_of(options, args.experiment)
+    rows = []
+    for seed in range(1, args.seeds + 1):
+        results = {}
+        for arm in ("frozen", "full", "equal FLOPs", "equal seconds"):
+            own = [*overlay, *options]
+            if arm != "frozen":
+                own += off
+            if arm.startswith("equal"):
+                frozen, full = results["frozen"], results["full"]
+                if arm == "equal FLOPs":
+                    share = frozen["flops"] / full["flops"]
+                else:
+                    share = frozen["seconds_by_phase"]["train"] / full["seconds_by_phase"]["train"]
+                own += ["--trainer.max_steps", str(max(1, round(steps * min(share, 1.0))))]
+            results[arm] = run(out, f"{args.experiment}-{arm.replace(' ', '-')}-{seed}", seed, own)
+        rows.append(results)
+    lines = [f"{args.experiment}: {steps} steps, {len(rows)} seeds; bits per byte, best of each run.", ""]
+    lines += ["| seed | frozen | full | equal FLOPs (steps) | equal seconds (steps) |", "|---|---|---|---|---|"]
+    for seed, row in enumerate(rows, start=1):
+        cells = [f"{r['val_bits_per_byte']:.4f} ({r['global_step']})" for r in row.values()]
+        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for arm in ("full", "equal FLOPs", "equal seconds"):
+        gaps = [row["frozen"]["val_bits_per_byte"] - row[arm]["val_bits_per_byte"] for row in rows]
+        lines.append(f"- frozen less {arm}: {verdict(gaps)}")
+    (out / f"{args.experiment}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
