@@ -15,11 +15,11 @@ from frugal.tracking.run_folder import read_lines
 
 Train = Callable[..., Path]
 WINDOWS = '[{"layers": [0], "embedding": true, "start": 2, "stop": 9}]'
-IMPORTANCE = '{{"measure": "{}", "unit": "{}", "share": 0.5, "measure_steps": {}, "freeze_steps": 3}}'
+IMPORTANCE = '{{"measure": "{}", "unit": "{}", "share": 0.5, "measure_steps": 4, "freeze_steps": 3, "start": {}}}'
 KINDS = {
     "a window that is open": ("--freezing.windows", WINDOWS),
     "a growing prefix": ("--freezing.prefix", '{"layers": 1, "start": 7}'),
-    "frozen experts": ("--freezing.importance", IMPORTANCE.format("gradient_norm", "expert", 2)),
+    "frozen experts": ("--freezing.importance", IMPORTANCE.format("gradient_norm", "expert", 0)),
     "a measurement under way": ("--freezing.importance", IMPORTANCE.format("update_ratio", "block", 4)),
     "chosen experts": ("--freezing.experts", '{"threshold": 0.4, "batches": 2, "train": ["norm"]}'),
 }

@@ -84,7 +84,8 @@ def routing_scores(
     try:
         with torch.compiler.set_stance("force_eager"), context or contextlib.nullcontext():
             for ids_BT in batches:
-                model.hidden(ids_BT)
+                for _ in model.mtp_hidden(model.hidden(ids_BT), ids_BT):
+                    pass
     finally:
         model.train(was_training)
         for handle in handles:
