@@ -14,7 +14,7 @@ TOKENS = np.arange(1000, dtype=np.uint16)
 def test_an_epoch_is_a_permutation_of_disjoint_sequences(n: int, seq_len: int, seed: int, epoch: int) -> None:
     tokens = np.arange(n * seq_len + 1)
     data = TrainingSequences(tokens, seq_len, seed)
-    indices = range(epoch * data.per_epoch, (epoch + 1) * data.per_epoch)
+    indices = range(epoch * data.per_epoch[0], (epoch + 1) * data.per_epoch[0])
     starts = sorted(data.start(i) for i in indices)
     assert np.diff(starts).tolist() == [seq_len] * (len(starts) - 1)
     assert starts[0] >= 0 and starts[-1] + seq_len < len(tokens)
@@ -30,7 +30,7 @@ def test_labels_are_the_next_token() -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     data, other = TrainingSequences(TOKENS, 16, seed=1), TrainingSequences(TOKENS, 16, seed=2)
-    n = data.per_epoch
+    n = data.per_epoch[0]
     first, second = [data.start(i) for i in range(n)], [data.start(n + i) for i in range(n)]
     assert first != second
     assert first != [other.start(i) for i in range(n)]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from frugal.data.datamodule import TextDataModule
-from frugal.data.sources import LocalText
+from frugal.data.mixture import MixtureStage
+from frugal.data.sources import LocalText, Mixture, Source, WeightedSource
 from frugal.data.synthetic.physics import Physics
 from frugal.data.tokenization import TokenizerConfig
 from frugal.data.transforms.rewriting import BpeDropout
@@ -25,9 +26,12 @@ def trainer(**changes: int) -> Any:
 def module(tmp_path: Path, lines: int = 400, vocab_size: int = 300, **options: Any) -> TextDataModule:
     file = tmp_path / "a.txt"
     file.write_text("".join(f"line {i} of the text\n" for i in range(lines)), encoding="utf-8")
-    data = TextDataModule(
-        LocalText(str(file)), TokenizerConfig(vocab_size), seq_len=32, cache_dir=str(tmp_path / "cache"), **options
-    )
+    source: Source = LocalText(str(file))
+    if "mixture" in options:
+        (tmp_path / "b.txt").write_text("".join(f"another text, {i} times\n" for i in range(lines)), encoding="utf-8")
+        other = LocalText(str(tmp_path / "b.txt"))
+        source = Mixture([WeightedSource(source, 1, "a"), WeightedSource(other, 3, "b")])
+    data = TextDataModule(source, TokenizerConfig(vocab_size), seq_len=32, cache_dir=str(tmp_path / "cache"), **options)
     data.prepare_data()
     data.setup("fit")
     data.trainer = trainer()
@@ -45,7 +49,10 @@ AUGMENTED = {
         TokenMask(Ramp(0.9, start=2)),
     ]
 }
-PLAIN_OR_AUGMENTED = pytest.mark.parametrize("options", [{}, AUGMENTED], ids=["plain", "augmented"])
+MIXED = {"mixture": [MixtureStage(0, {"a": 1, "b": 1}), MixtureStage(2, {"a": 1, "b": 4})]}
+PLAIN_OR_AUGMENTED = pytest.mark.parametrize(
+    "options", [{}, AUGMENTED, MIXED, {**AUGMENTED, **MIXED}], ids=["plain", "augmented", "mixed", "both"]
+)
 
 
 @PLAIN_OR_AUGMENTED
@@ -144,7 +151,7 @@ def test_bad_values_name_their_key(key: str, value: float) -> None:
 
 def test_checkpoint_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     state = module(tmp_path).state_dict()
-    assert all(isinstance(value, str | int) for value in state.values())  # loads with weights_only
+    assert all(isinstance(value, str | int | list) for value in state.values())  # loads with weights_only
     module(tmp_path).load_state_dict(state)
     with pytest.raises(UserError, match="another tokenizer"):
         module(tmp_path, vocab_size=290).load_state_dict(state)

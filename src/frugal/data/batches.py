@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from frugal.data.mixture import Mixer
 from frugal.data.transforms.base import SampleClock, TextTransforms
 from frugal.errors import UserError
 
@@ -17,15 +18,19 @@ IGNORE = -100
 
 
 class TrainingSequences(Dataset[dict[str, Tensor]]):
-    """Sequences of a token stream, indexed over the whole run: index i is position i % n of epoch i // n.
+    """Sequences of a token stream, indexed over the whole run.
 
-    Each epoch has its own order and its own offset of the cuts, both functions of (seed, epoch), so that later
-    epochs do not repeat the very same sequences.
+    A mixer says which part of the stream, a source, sample i comes from, and that it is the n-th from there; with one
+    part n is i. The n-th sequence of a part is position n % m of epoch n // m. Each epoch has its own order and its own
+    offset of the cuts, both functions of (seed, part, epoch), so that later epochs do not repeat the very same
+    sequences.
 
     Args:
         tokens: the stream, [tokens].
         seq_len: T, tokens per sequence.
         seed: decides orders and offsets.
+        parts: where each part of the stream begins and ends; null: it is one.
+        mixer: which part each sample comes from; null for one part.
         transforms: augmentation of each sequence; none by default.
         clock: which step sees a sample, for the transforms' schedules.
     """
@@ -35,28 +40,39 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         tokens: np.ndarray,
         seq_len: int,
         seed: int,
+        parts: Sequence[tuple[int, int]] | None = None,
+        mixer: Mixer | None = None,
         transforms: TextTransforms | None = None,
         clock: SampleClock = SampleClock(),  # noqa: B008 (frozen)
     ) -> None:
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.transforms, self.clock = transforms, clock
+        self.parts, self.mixer = list(parts or [(0, len(tokens))]), mixer
+        assert mixer is not None or len(self.parts) == 1
         # For every offset below seq_len there must be room, and each sequence needs its last label.
-        self.per_epoch = (len(tokens) - 1) // seq_len - 1
-        if self.per_epoch < 1:
-            raise UserError(
-                f"data.seq_len: {seq_len} is too long for {len(tokens)} training tokens; two sequences must fit"
-            )
-        self._plan = lru_cache(maxsize=2)(self._epoch)
+        self.per_epoch = [(end - start - 1) // seq_len - 1 for start, end in self.parts]
+        for (start, end), per_epoch in zip(self.parts, self.per_epoch, strict=True):
+            if per_epoch < 1:
+                raise UserError(
+                    f"data.seq_len: {seq_len} is too long for {end - start} training tokens"
+                    f"{' of a source' if len(self.parts) > 1 else ''}; two sequences must fit"
+                )
+        self._plan = lru_cache(maxsize=2 * len(self.parts))(self._epoch)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, int]:
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        return rng.permutation(self.per_epoch), int(rng.integers(self.seq_len))
+    def _epoch(self, part: int, epoch: int) -> tuple[np.ndarray, int]:
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, (part << 40) + epoch]))
+        return rng.permutation(self.per_epoch[part]), int(rng.integers(self.seq_len))
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Which part sequence `index` is from, and where it begins in the stream."""
+        part, number = self.mixer.locate(index) if self.mixer else (0, index)
+        epoch, position = divmod(number, self.per_epoch[part])
+        order, offset = self._plan(part, epoch)
+        return part, self.parts[part][0] + int(order[position]) * self.seq_len + offset
 
     def start(self, index: int) -> int:
         """Where sequence `index` begins in the stream."""
-        epoch, position = divmod(index, self.per_epoch)
-        order, offset = self._plan(epoch)
-        return int(order[position]) * self.seq_len + offset
+        return self.locate(index)[1]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.__getitems__([index])
@@ -73,8 +89,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         wanted = transforms.reads(self.seq_len + 1)
         rows = []
         for index in indices:
-            start = self.start(index)
-            window = np.asarray(self.tokens[start : start + wanted])
+            part, start = self.locate(index)
+            window = np.asarray(self.tokens[start : min(start + wanted, self.parts[part][1])])
             rows.append(transforms(window, self.seq_len, index, self.clock.at(index)))
         inputs, labels = (torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True))
         return {"input_ids": inputs, "labels": labels}
@@ -85,7 +101,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._plan = lru_cache(maxsize=2)(self._epoch)
+        self._plan = lru_cache(maxsize=2 * len(self.parts))(self._epoch)
 
 
 class EvaluationSequences(Dataset[dict[str, Tensor]]):
@@ -93,10 +109,15 @@ class EvaluationSequences(Dataset[dict[str, Tensor]]):
 
     The last window is padded; padding has label -100. Windows at or beyond the end are all padding: ranks that run
     out of windows get those, so that all ranks have the same number of batches.
+
+    Args:
+        tokens: the stream, [tokens].
+        seq_len: T, tokens per window.
+        part_ends: where each part of the stream ends; with several, batches say which part each label is from.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
-        self.tokens, self.seq_len = tokens, seq_len
+    def __init__(self, tokens: np.ndarray, seq_len: int, part_ends: Sequence[int] = ()) -> None:
+        self.tokens, self.seq_len, self.part_ends = tokens, seq_len, np.asarray(part_ends, dtype=np.int64)
         if len(tokens) < 2:
             raise UserError("data.val_fraction: the validation split has no text")
 
@@ -107,7 +128,7 @@ class EvaluationSequences(Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """A whole batch: `input_ids` and `labels` [B, T]."""
+        """A whole batch: `input_ids` and `labels` [B, T], and `parts` [B, T] where there are several."""
         ids = torch.zeros(len(indices), self.seq_len, dtype=torch.int64)
         labels = torch.full((len(indices), self.seq_len), IGNORE, dtype=torch.int64)
         for row, index in enumerate(indices):
@@ -116,7 +137,11 @@ class EvaluationSequences(Dataset[dict[str, Tensor]]):
             if len(window) > 1:
                 ids[row, : len(window) - 1] = window[:-1]
                 labels[row, : len(window) - 1] = window[1:]
-        return {"input_ids": ids, "labels": labels}
+        if len(self.part_ends) < 2:
+            return {"input_ids": ids, "labels": labels}
+        positions_BT = np.asarray(indices)[:, None] * self.seq_len + np.arange(1, self.seq_len + 1)
+        parts = torch.from_numpy(np.searchsorted(self.part_ends, positions_BT, side="right"))
+        return {"input_ids": ids, "labels": labels, "parts": parts}
 
 
 class StepSampler(Sampler[list[int]]):

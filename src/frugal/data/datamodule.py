@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from frugal.data.batches import EvaluationSequences, ShardSampler, StepSampler, TrainingSequences
-from frugal.data.packing import Prepared, prepare
+from frugal.data.mixture import Mixer, MixtureStage, check_stages
+from frugal.data.packing import Prepared, Split, prepare
 from frugal.data.sources import Source
 from frugal.data.tokenization import TokenizerConfig, load_tokenizer, token_byte_lengths
 from frugal.data.transforms.base import SampleClock, TextTransform, TextTransforms, check_order, special_tokens
@@ -36,7 +38,10 @@ class TextDataModule(pl.LightningDataModule):
         seq_len: tokens per sequence.
         batch_size: sequences per micro-batch and device.
         eval_batch_size: sequences per evaluation batch and device; null means batch_size.
-        val_fraction: share of the text, by position from the end, that is held out for validation.
+        val_fraction: share of each source's text that is held out for validation.
+        split: which text that is: the last by position, or the documents that the hash of their content chooses, which
+            keeps copies of one text on one side.
+        mixture: how often each source is drawn from which step on; null: by the sources' own weights throughout.
         num_workers: processes that read ahead; the batches do not depend on it.
         seed: decides the order; linked to seed_everything.
         cache_dir: folder of prepared corpora.
@@ -52,6 +57,8 @@ class TextDataModule(pl.LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         val_fraction: float = 0.05,
+        split: Literal["position", "hash"] = "position",
+        mixture: list[MixtureStage] | None = None,
         num_workers: int = 0,
         seed: int = 1234,
         cache_dir: str = ".cache",
@@ -73,6 +80,12 @@ class TextDataModule(pl.LightningDataModule):
         if tokenizer.path is None and (needed := special_tokens(self.transforms)):
             tokenizer = replace(tokenizer, special_tokens=tuple(dict.fromkeys((*tokenizer.special_tokens, *needed))))
         self.source, self.tokenizer_config, self.val_fraction = source, tokenizer, val_fraction
+        self.split: Split = split
+        self.part_names = [part.called for part in source.parts()]
+        own = {part.called: part.weight for part in source.parts()}
+        self.mixture = mixture or [MixtureStage(0, own)]
+        check_stages(self.mixture, self.part_names)
+        self._stage_samples: list[int] = []  # first sample of each stage that has begun
         self.seq_len, self.batch_size = seq_len, batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers, self.seed, self.cache_dir = num_workers, seed, cache_dir
@@ -86,12 +99,12 @@ class TextDataModule(pl.LightningDataModule):
             TextTransforms(
                 self.transforms, load_tokenizer(self.tokenizer_config.file), self.seed
             )  # refused before work
-        prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir)
+        prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir, self.split)
 
     def setup(self, stage: str) -> None:
         """Open the prepared corpus."""
         if self.prepared is None:
-            self.prepared = prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir)
+            self.prepared = prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir, self.split)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -138,13 +151,27 @@ class TextDataModule(pl.LightningDataModule):
         )
         transforms = TextTransforms(self.transforms, self.tokenizer, self.seed) if self.transforms else None
         clock = SampleClock(self._start_step, self._first_sample, samples_per_step)
-        dataset = TrainingSequences(self.prepared.train, self.seq_len, self.seed, transforms, clock)
+        parts = [(part.start, part.start + len(part.train)) for part in self.prepared.parts]
+        mixer = self._mixer(samples_per_step) if len(parts) > 1 else None
+        dataset = TrainingSequences(self.prepared.train, self.seq_len, self.seed, parts, mixer, transforms, clock)
         return self._loader(dataset, sampler)
+
+    def _mixer(self, samples_per_step: int) -> Mixer:
+        """Stages begin at steps; in samples that depends on the batch size, so those that have begun are remembered."""
+        begun = self._loaded.get("stage_samples", [])
+        to_come = [
+            self._first_sample + (stage.start - self._start_step) * samples_per_step
+            for stage in self.mixture[len(begun) :]
+        ]
+        self._stage_samples = [*begun, *to_come]
+        weights = [[stage.weights.get(name, 0.0) for name in self.part_names] for stage in self.mixture]
+        return Mixer(self._stage_samples, weights, self.seed)
 
     def val_dataloader(self) -> DataLoader:
         """Every token of the validation split once."""
         assert self.prepared is not None and self.trainer is not None
-        dataset = EvaluationSequences(self.prepared.val, self.seq_len)
+        ends = np.cumsum([len(part.val) for part in self.prepared.parts]).tolist()
+        dataset = EvaluationSequences(self.prepared.val, self.seq_len, ends)
         sampler = ShardSampler(len(dataset), self.eval_batch_size, self.trainer.global_rank, self.trainer.world_size)
         return self._loader(dataset, sampler)
 
@@ -174,7 +201,12 @@ class TextDataModule(pl.LightningDataModule):
             "samples_seen": self._first_sample + steps * accumulate * self.trainer.world_size * self.batch_size,
             "accumulate_grad_batches": accumulate,
             "seed": self.seed,
+            "stage_samples": self._begun(self.trainer.global_step),
         }
+
+    def _begun(self, step: int) -> list[int]:
+        """First samples of the stages that have begun at a step."""
+        return [sample for stage, sample in zip(self.mixture, self._stage_samples, strict=False) if stage.start <= step]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained with another tokenizer; say when only the corpus differs."""
@@ -187,5 +219,6 @@ class TextDataModule(pl.LightningDataModule):
         if state_dict["seed"] != self.seed:
             raise UserError(f"seed_everything: the run's order of data belongs to seed {state_dict['seed']}; keep it")
         self._loaded = {key: state_dict[key] for key in ("samples_seen", "accumulate_grad_batches")}
+        self._loaded["stage_samples"] = state_dict.get("stage_samples", [])
         if state_dict["fingerprint"] != self.prepared.fingerprint:
             log.warning("the checkpoint was trained on another corpus than data.source gives now")

@@ -9,68 +9,108 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from frugal.data.documents import Document
-from frugal.data.sources import Source
+from frugal.data.documents import Document, as_document, content_hash
+from frugal.data.sources import Source, WeightedSource
 from frugal.data.tokenization import EOT, TokenizerConfig, load_tokenizer, token_byte_lengths, train_tokenizer
 from frugal.errors import UserError
 
 log = logging.getLogger(__name__)
-FORMAT_VERSION = 1  # part of the fingerprint: raise it when what is written changes
+FORMAT_VERSION = 2  # part of the fingerprint: raise it when what is written changes
 
 
-def split_documents(documents: Iterable[str | Document], val_fraction: float) -> tuple[list[str], list[str]]:
-    """Split by position: the last `val_fraction` of all bytes is validation.
+Split = Literal["position", "hash"]
 
-    The cut lies after the first line end at or beyond that position, inside a document if need be.
+
+def split_documents(
+    documents: Iterable[str | Document], val_fraction: float, split: Split = "position"
+) -> tuple[list[Document], list[Document]]:
+    """Hold out `val_fraction` of the text for validation; both sides keep the documents' order.
+
+    `position`: the last bytes. The cut lies after the first line end at or beyond the position, inside a document if
+    need be. `hash`: the documents whose content's hash falls there, so that copies of one text lie on one side, and
+    documents added later move none of the others.
 
     Raises:
         UserError: there is no text, or one of the two parts would be empty.
     """
-    texts = [document.text if isinstance(document, Document) else document for document in documents]
-    return _split_texts(texts, val_fraction)
-
-
-def _split_texts(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    sizes = [len(document.encode()) for document in documents]
+    every = [as_document(document) for document in documents]
+    sizes = [len(document.text.encode()) for document in every]
     total = sum(sizes)
     if total == 0:
         raise UserError("data.source: there is no text in it")
-    position, seen = int(total * (1 - val_fraction)), 0
-    for i, (document, size) in enumerate(zip(documents, sizes, strict=True)):
-        if seen + size > position:
-            raw = document.encode()
-            # A line's end: never inside a character, since no UTF-8 continuation byte is a newline.
-            cut = raw.find(b"\n", position - seen) + 1 or size
-            head, tail = raw[:cut].decode(), raw[cut:].decode()
-            train = documents[:i] + ([head] if head else [])
-            val = ([tail] if tail else []) + documents[i + 1 :]
-            break
-        seen += size
+    if split == "hash":
+        limit = int(val_fraction * 2**64)
+        held_out = [int.from_bytes(content_hash(document.text)[:8]) < limit for document in every]
+        train = [document for document, out in zip(every, held_out, strict=True) if not out]
+        val = [document for document, out in zip(every, held_out, strict=True) if out]
     else:
-        train, val = documents, []
+        train, val = _split_by_position(every, sizes, int(total * (1 - val_fraction)))
     if not train or not val:
         raise UserError(
             f"data.val_fraction: {val_fraction} of {total} bytes leaves no text for "
             f"{'validation' if train else 'training'}; give more text or another fraction"
+            + (f", or data.split position ({len(every)} documents are few for hash)" if split == "hash" else "")
         )
     return train, val
 
 
+def _split_by_position(
+    documents: list[Document], sizes: list[int], position: int
+) -> tuple[list[Document], list[Document]]:
+    seen = 0
+    for i, (document, size) in enumerate(zip(documents, sizes, strict=True)):
+        if seen + size > position:
+            raw = document.text.encode()
+            # A line's end: never inside a character, since no UTF-8 continuation byte is a newline.
+            cut = raw.find(b"\n", position - seen) + 1 or size
+            head, tail = (replace(document, text=text.decode()) for text in (raw[:cut], raw[cut:]))
+            return documents[:i] + [head] * bool(head.text), [tail] * bool(tail.text) + documents[i + 1 :]
+        seen += size
+    return documents, []
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a prepared corpus.
+
+    Args:
+        name: what it is called in metrics.
+        weight: its share of the training sequences, relative to the others'.
+        train: its training tokens [tokens], a stretch of the corpus' whole stream.
+        start: where that stretch begins in the whole stream.
+        starts: where each training document begins in `train`, and its end, int64 [documents + 1].
+        levels: difficulty of each training document, int16 [documents]; -1 where its source knows none.
+        val: its validation tokens [tokens].
+    """
+
+    name: str
+    weight: float
+    train: np.ndarray
+    start: int
+    starts: np.ndarray
+    levels: np.ndarray
+    val: np.ndarray
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """A corpus ready for training: token ids on memory maps, and the tokenizer they came from."""
+    """A corpus ready for training: token ids on memory maps, and the tokenizer they came from.
+
+    `train` and `val` hold the parts' tokens one part after the other.
+    """
 
     train: np.ndarray
     val: np.ndarray
+    parts: tuple[Part, ...]
     tokenizer: Tokenizer
     meta: dict[str, Any]
     folder: Path
@@ -91,7 +131,7 @@ class Prepared:
         return self.meta["val"]["bytes"]
 
 
-def fingerprint(source: Source, tokenizer: TokenizerConfig, val_fraction: float) -> str:
+def fingerprint(source: Source, tokenizer: TokenizerConfig, val_fraction: float, split: Split = "position") -> str:
     """Hash of the source's content, the tokenizer's settings and content, the split, and the code's versions."""
     file = tokenizer.file
     parts = {
@@ -99,6 +139,7 @@ def fingerprint(source: Source, tokenizer: TokenizerConfig, val_fraction: float)
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": hashlib.sha256(file.read_bytes()).hexdigest() if file else None,
         "val_fraction": val_fraction,
+        "split": split,
         "tokenizers": tokenizers.__version__,
         "format": FORMAT_VERSION,
         **({"special_tokens": tokenizer.special_tokens} if tokenizer.special_tokens else {}),
@@ -106,18 +147,21 @@ def fingerprint(source: Source, tokenizer: TokenizerConfig, val_fraction: float)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def prepare(source: Source, config: TokenizerConfig, val_fraction: float, cache_dir: str) -> Prepared:
+def prepare(
+    source: Source, config: TokenizerConfig, val_fraction: float, cache_dir: str, split: Split = "position"
+) -> Prepared:
     """Split, train or load the tokenizer, encode; or open the cache of an earlier call.
 
     The cache is written beside its final place and moved there in one step, so that an interrupted preparation
     leaves nothing that a later run would trust, and two processes do not harm each other.
     """
-    key = fingerprint(source, config, val_fraction)
+    key = fingerprint(source, config, val_fraction, split)
     folder = Path(cache_dir).expanduser() / key[:16]
     if not (folder / "meta.json").is_file():
         start = time.perf_counter()
-        train, val = split_documents(source.documents(), val_fraction)
-        tokenizer = load_tokenizer(config.file) if config.file else train_tokenizer(train, config)
+        sides = [_split_part(part, val_fraction, split) for part in source.parts()]
+        texts = (document.text for train, _ in sides for document in train)
+        tokenizer = load_tokenizer(config.file) if config.file else train_tokenizer(texts, config)
         if tokenizer.get_vocab_size() > config.vocab_size:
             raise UserError(
                 f"data.tokenizer.vocab_size: {config.vocab_size} is less than the {tokenizer.get_vocab_size()} tokens "
@@ -127,8 +171,9 @@ def prepare(source: Source, config: TokenizerConfig, val_fraction: float, cache_
         try:
             temporary.mkdir(parents=True)
             meta: dict[str, Any] = {"fingerprint": key, "source": source.name, "val_fraction": val_fraction}
-            for name, documents in (("train", train), ("val", val)):
-                meta[name] = _write_tokens(temporary / f"{name}.bin", documents, tokenizer)
+            for name, per_part in zip(("train", "val"), zip(*sides, strict=True), strict=True):
+                meta[name] = _write_tokens(temporary / name, per_part, tokenizer)
+            meta["parts"] = [part.called for part in source.parts()]
             meta["seconds_by_stage"] = source.seconds_by_stage()
             meta["seconds"] = round(time.perf_counter() - start, 3)
             _write(temporary / "tokenizer.json", tokenizer.to_str().encode())
@@ -161,7 +206,33 @@ def prepare(source: Source, config: TokenizerConfig, val_fraction: float, cache_
     train_map, val_map = (
         np.memmap(folder / f"{name}.bin", dtype=meta[name]["dtype"], mode="r") for name in ("train", "val")
     )
-    return Prepared(train_map, val_map, tokenizer, meta, folder)
+    starts, levels = (np.load(folder / f"train.{name}.npy", mmap_mode="r") for name in ("starts", "levels"))
+    parts = []
+    for i, part in enumerate(source.parts()):
+        (first, last), (val_first, val_last) = (meta[name]["parts"][i] for name in ("train", "val"))
+        documents = slice(*np.searchsorted(starts, [first, last]))
+        own = np.append(starts[documents], last) - first
+        parts.append(
+            Part(
+                part.called,
+                part.weight,
+                train_map[first:last],
+                first,
+                own,
+                levels[documents],
+                val_map[val_first:val_last],
+            )
+        )
+    return Prepared(train_map, val_map, tuple(parts), tokenizer, meta, folder)
+
+
+def _split_part(part: WeightedSource, val_fraction: float, split: Split) -> tuple[list[Document], list[Document]]:
+    try:
+        return split_documents(part.source.documents(), val_fraction, split)
+    except UserError as error:
+        if str(error).startswith("data.val_fraction"):
+            raise UserError(f"{error} (source {part.called})") from None
+        raise
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -171,27 +242,41 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _write_tokens(path: Path, documents: list[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Encode documents, each preceded by the end-of-text token, so that every byte of text is predicted."""
+def _write_tokens(stem: Path, parts: Sequence[list[Document]], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Encode documents, each preceded by the end-of-text token, so that every byte of text is predicted.
+
+    Writes `stem`.bin, the tokens of one part after the other, and what is known of each document beside it.
+    """
     end = tokenizer.token_to_id(EOT)
     # A text may contain the marker itself (TinyStories does): there it is text like any other, and its bytes count.
     tokenizer.encode_special_tokens = True
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
     lengths = token_byte_lengths(tokenizer)
     tokens = text_bytes = 0
-    with path.open("wb") as file:
-        for start in range(0, len(documents), 256):
-            for encoding in tokenizer.encode_batch_fast(documents[start : start + 256], add_special_tokens=False):
-                ids = np.array([end, *encoding.ids], dtype=dtype)
-                file.write(ids.tobytes())
-                tokens += len(ids)
-                text_bytes += int(lengths[ids].sum())
+    starts: list[int] = []
+    ranges: list[tuple[int, int]] = []
+    with stem.with_suffix(".bin").open("wb") as file:
+        for documents in parts:
+            first = tokens
+            for start in range(0, len(documents), 256):
+                texts = [document.text for document in documents[start : start + 256]]
+                for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                    ids = np.array([end, *encoding.ids], dtype=dtype)
+                    file.write(ids.tobytes())
+                    starts.append(tokens)
+                    tokens += len(ids)
+                    text_bytes += int(lengths[ids].sum())
+            ranges.append((first, tokens))
         file.flush()
         os.fsync(file.fileno())
-    expected = sum(len(document.encode()) for document in documents)
+    every = [document for documents in parts for document in documents]
+    np.save(stem.with_suffix(".starts.npy"), np.array(starts, dtype=np.int64))
+    levels = [-1 if document.level is None else document.level for document in every]
+    np.save(stem.with_suffix(".levels.npy"), np.array(levels, dtype=np.int16))
+    expected = sum(len(document.text.encode()) for document in every)
     if text_bytes != expected:
         raise UserError(
             f"data.tokenizer.path: the tokenizer changes the text ({expected} bytes became {text_bytes}), so bits per "
             "byte would be wrong; use one without normalisation"
         )
-    return {"documents": len(documents), "tokens": tokens, "bytes": text_bytes, "dtype": dtype.name}
+    return {"documents": len(every), "tokens": tokens, "bytes": text_bytes, "dtype": dtype.name, "parts": ranges}

@@ -6,13 +6,17 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from frugal.data.documents import Document
-from frugal.errors import UserError
+from frugal.data.documents import Document, as_document
+from frugal.errors import UserError, require
+
+log = logging.getLogger(__name__)
 
 
 class Source(ABC):
@@ -27,6 +31,10 @@ class Source(ABC):
     def documents(self) -> Iterator[str | Document]:
         """The documents, always in the same order."""
 
+    def parts(self) -> list[WeightedSource]:
+        """The sources that are mixed: this one alone."""
+        return [WeightedSource(self, 1.0, self.name)]
+
     def seconds_by_stage(self) -> dict[str, float]:
         """What making the content took and a run on it is charged; asked for after the documents were read."""
         return {}
@@ -34,6 +42,76 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hash of everything the documents depend on: changed content gives a new cache."""
+
+
+@dataclass(frozen=True)
+class WeightedSource:
+    """A source within a mixture.
+
+    Args:
+        source: where its documents come from.
+        weight: share of the training sequences, relative to the others; 0 leaves the source out altogether.
+        name: how it is called in stages and metrics; null takes the source's own name.
+    """
+
+    source: Source
+    weight: float = 1.0
+    name: str | None = None
+
+    @property
+    def called(self) -> str:
+        """Its name."""
+        return self.name or self.source.name
+
+
+class Mixture(Source):
+    """Several sources, each with its own share of the training sequences and its own validation loss.
+
+    Args:
+        sources: the sources with their weights; a weight of 0 leaves one out, and says so.
+    """
+
+    def __init__(self, sources: list[WeightedSource]) -> None:
+        self.sources = sources
+        key = "data.source.sources"
+        for i, part in enumerate(sources):
+            require(part.weight >= 0, f"{key}[{i}].weight: must not be negative, got {part.weight}")
+            require(not isinstance(part.source, Mixture), f"{key}[{i}].source: a mixture within a mixture")
+        require(any(part.weight > 0 for part in sources), f"{key}: no source has a weight above zero")
+        names = [part.called for part in self.parts()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        require(twice is None, f"{key}: two sources are called {twice!r}; give one a `name`")
+        for part in sources:
+            if part.weight == 0:
+                log.warning("data.source: %s has weight 0 and is left out, of training and of validation", part.called)
+
+    @property
+    def name(self) -> str:
+        """The parts' names."""
+        return " + ".join(part.called for part in self.parts())
+
+    def parts(self) -> list[WeightedSource]:
+        """The sources that are drawn from."""
+        return [part for part in self.sources if part.weight > 0]
+
+    def documents(self) -> Iterator[Document]:
+        """All documents of one source after the other."""
+        for part in self.parts():
+            for document in part.source.documents():
+                yield replace(as_document(document), source=part.called)
+
+    def seconds_by_stage(self) -> dict[str, float]:
+        """The sum over the sources."""
+        total: dict[str, float] = {}
+        for part in self.parts():
+            for stage, seconds in part.source.seconds_by_stage().items():
+                total[stage] = total.get(stage, 0.0) + seconds
+        return total
+
+    def fingerprint(self) -> str:
+        """Hash of the sources' fingerprints and names; weights change no token."""
+        parts = [(part.called, part.source.fingerprint()) for part in self.parts()]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _hash_files(paths: list[Path], *settings: object) -> str:

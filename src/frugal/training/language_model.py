@@ -92,6 +92,10 @@ class LanguageModel(pl.LightningModule):
         known = self.trainer.datamodule.token_bytes  # type: ignore[attr-defined]
         token_bytes[: len(known)] = known
         self.validation_loss = TextLoss(token_bytes)
+        # One by source of the data, where there are several.
+        names = getattr(self.trainer.datamodule, "part_names", [])  # type: ignore[attr-defined]
+        self.part_losses = torch.nn.ModuleList(TextLoss(token_bytes) for _ in names if len(names) > 1)
+        self.part_names = [name.replace("/", "_") for name in names]
 
     def _check_shape(self, folder: str) -> None:
         """Refuse weights of another shape before any data is read."""
@@ -259,7 +263,12 @@ class LanguageModel(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the validation loss."""
         assert self.validation_loss is not None
-        self.validation_loss.update(next_token_nll(self(batch["input_ids"]), batch["labels"]), batch["labels"])
+        labels = batch["labels"]
+        nll = next_token_nll(self(batch["input_ids"]), labels)
+        self.validation_loss.update(nll, labels)
+        for part, loss in enumerate(self.part_losses):
+            mine = batch["parts"] == part
+            loss.update(torch.where(mine, nll, 0.0), torch.where(mine, labels, IGNORE))  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
         """Log the exact mean over the validation split."""
@@ -277,6 +286,9 @@ class LanguageModel(pl.LightningModule):
         assert self.validation_loss is not None
         self.log_dict({f"{split}/{name}": value for name, value in self.validation_loss.compute().items()})
         self.validation_loss.reset()
+        for name, loss in zip(self.part_names, self.part_losses, strict=False):
+            self.log_dict({f"{split}/{name}/{key}": value for key, value in loss.compute().items()})  # type: ignore[operator]
+            loss.reset()  # type: ignore[operator]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Loss in nats per token of each sequence [B], and how many tokens it counts [B]."""
