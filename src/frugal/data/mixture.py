@@ -82,7 +82,7 @@ class Mixer:
         self._order = lru_cache(maxsize=8)(self._draw)
         self.before = [np.zeros_like(self.counts[0])]  # samples of each source before each stage
         for stage in range(1, len(starts)):
-            self.before.append(self._drawn(stage - 1, starts[stage] - starts[stage - 1]))
+            self.before.append(self._drawn(stage - 1, self.starts[stage] - self.starts[stage - 1]))
 
     def _draw(self, stage: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Source of each sample of a block, and how many of that source came before it within the block."""
@@ -104,7 +104,7 @@ class Mixer:
     def locate(self, index: int) -> tuple[int, int]:
         """Which source, and which of its samples."""
         stage = int(np.searchsorted(self.starts, index, side="right")) - 1
-        block, position = divmod(index - self.starts[stage], BLOCK)
+        block, position = divmod(int(index) - self.starts[stage], BLOCK)
         parts, rank = self._order(stage, block)
         part = int(parts[position])
         return part, int(self.before[stage][part] + block * self.counts[stage][part] + rank[position])
