@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from frugal.data.curriculum import Curriculum, LengthStage
 from frugal.data.datamodule import TextDataModule
 from frugal.data.mixture import MixtureStage
 from frugal.data.sources import LocalText, Mixture, Source, WeightedSource
@@ -39,7 +40,8 @@ def module(tmp_path: Path, lines: int = 400, vocab_size: int = 300, **options: A
 
 
 def stream(data: TextDataModule) -> torch.Tensor:
-    return torch.stack([torch.stack([batch["input_ids"], batch["labels"]]) for batch in data.train_dataloader()])
+    batches = [torch.stack([batch["input_ids"], batch["labels"]]) for batch in data.train_dataloader()]
+    return torch.stack([batch.reshape(2, -1, 32) for batch in batches])  # stages of shorter sequences side by side
 
 
 AUGMENTED = {
@@ -50,8 +52,11 @@ AUGMENTED = {
     ]
 }
 MIXED = {"mixture": [MixtureStage(0, {"a": 1, "b": 1}), MixtureStage(2, {"a": 1, "b": 4})]}
+PACED = {"curriculum": Curriculum("rarity", steps=4), "lengths": [LengthStage(0, 16), LengthStage(3, 32)]}
 PLAIN_OR_AUGMENTED = pytest.mark.parametrize(
-    "options", [{}, AUGMENTED, MIXED, {**AUGMENTED, **MIXED}], ids=["plain", "augmented", "mixed", "both"]
+    "options",
+    [{}, AUGMENTED, MIXED, PACED, {**AUGMENTED, **MIXED, **PACED}],
+    ids=["plain", "augmented", "mixed", "paced", "all"],
 )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from frugal.data.curriculum import LengthStage, PacedOrder, length_at
 from frugal.data.mixture import Mixer
 from frugal.data.transforms.base import SampleClock, TextTransforms
 from frugal.errors import UserError
@@ -32,7 +33,9 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         parts: where each part of the stream begins and ends; null: it is one.
         mixer: which part each sample comes from; null for one part.
         transforms: augmentation of each sequence; none by default.
-        clock: which step sees a sample, for the transforms' schedules.
+        clock: which step sees a sample, for everything that changes with the step.
+        paced: a curriculum's order of each part's sequences; none by default.
+        lengths: stages of shorter sequences; none by default.
     """
 
     def __init__(
@@ -44,9 +47,11 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         mixer: Mixer | None = None,
         transforms: TextTransforms | None = None,
         clock: SampleClock = SampleClock(),  # noqa: B008 (frozen)
+        paced: Sequence[PacedOrder] = (),
+        lengths: Sequence[LengthStage] = (),
     ) -> None:
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.transforms, self.clock = transforms, clock
+        self.transforms, self.clock, self.paced, self.lengths = transforms, clock, list(paced), list(lengths)
         self.parts, self.mixer = list(parts or [(0, len(tokens))]), mixer
         assert mixer is not None or len(self.parts) == 1
         # For every offset below seq_len there must be room, and each sequence needs its last label.
@@ -66,6 +71,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     def locate(self, index: int) -> tuple[int, int]:
         """Which part sequence `index` is from, and where it begins in the stream."""
         part, number = self.mixer.locate(index) if self.mixer else (0, index)
+        if self.paced and (drawn := self.paced[part].draw(index, self.clock.at(index))) is not None:
+            return part, self.parts[part][0] + drawn * self.seq_len
         epoch, position = divmod(number, self.per_epoch[part])
         order, offset = self._plan(part, epoch)
         return part, self.parts[part][0] + int(order[position]) * self.seq_len + offset
@@ -78,7 +85,15 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """A whole batch: `input_ids` and `labels` [B, T]; labels[t] follows input_ids[t] unless transforms hide it."""
+        """A whole batch: `input_ids` and `labels` [B, T]; labels[t] follows input_ids[t] unless transforms hide it.
+
+        In a stage of shorter sequences it is [B n, T / n]: as many tokens.
+        """
+        batch = self._full_length(indices)
+        length = length_at(self.lengths, self.seq_len, self.clock.at(indices[0]))
+        return batch if length == self.seq_len else {name: x.reshape(-1, length) for name, x in batch.items()}
+
+    def _full_length(self, indices: list[int]) -> dict[str, Tensor]:
         if self.transforms is not None:
             return self._transformed(indices, self.transforms)
         starts = np.array([self.start(index) for index in indices])[:, None]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from frugal.data.batches import EvaluationSequences, ShardSampler, StepSampler, TrainingSequences
+from frugal.data.curriculum import Curriculum, LengthStage, PacedOrder, check_lengths, difficulties
 from frugal.data.mixture import Mixer, MixtureStage, check_stages
 from frugal.data.packing import Prepared, Split, prepare
 from frugal.data.sources import Source
@@ -45,6 +46,8 @@ class TextDataModule(pl.LightningDataModule):
         num_workers: processes that read ahead; the batches do not depend on it.
         seed: decides the order; linked to seed_everything.
         cache_dir: folder of prepared corpora.
+        curriculum: which sequences are seen at which step; null: all from the start.
+        lengths: stages of shorter sequences at as many tokens per batch; null: seq_len throughout.
         transforms: augmentation of the training sequences, in this order; validation is never changed. What they need
             in the vocabulary is added to a newly trained tokenizer.
     """
@@ -62,6 +65,8 @@ class TextDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int = 1234,
         cache_dir: str = ".cache",
+        curriculum: Curriculum | None = None,
+        lengths: list[LengthStage] | None = None,
         transforms: list[TextTransform] | None = None,
     ) -> None:
         super().__init__()
@@ -81,6 +86,8 @@ class TextDataModule(pl.LightningDataModule):
             tokenizer = replace(tokenizer, special_tokens=tuple(dict.fromkeys((*tokenizer.special_tokens, *needed))))
         self.source, self.tokenizer_config, self.val_fraction = source, tokenizer, val_fraction
         self.split: Split = split
+        self.curriculum, self.lengths = curriculum, lengths or []
+        check_lengths(self.lengths, seq_len)
         self.part_names = [part.called for part in source.parts()]
         own = {part.called: part.weight for part in source.parts()}
         self.mixture = mixture or [MixtureStage(0, own)]
@@ -153,8 +160,24 @@ class TextDataModule(pl.LightningDataModule):
         clock = SampleClock(self._start_step, self._first_sample, samples_per_step)
         parts = [(part.start, part.start + len(part.train)) for part in self.prepared.parts]
         mixer = self._mixer(samples_per_step) if len(parts) > 1 else None
-        dataset = TrainingSequences(self.prepared.train, self.seq_len, self.seed, parts, mixer, transforms, clock)
-        return self._loader(dataset, sampler)
+        self.training_sequences = TrainingSequences(
+            self.prepared.train, self.seq_len, self.seed, parts, mixer, transforms, clock, self._paced(), self.lengths
+        )
+        return self._loader(self.training_sequences, sampler)
+
+    def _paced(self) -> list[PacedOrder]:
+        """The curriculum's order of each source's sequences."""
+        if self.curriculum is None:
+            return []
+        assert self.prepared is not None
+        counts = np.bincount(self.prepared.train, minlength=self.tokenizer.get_vocab_size())
+        orders = []
+        for i, part in enumerate(self.prepared.parts):
+            difficulty = difficulties(
+                self.curriculum.difficulty, part.train, self.seq_len, part.starts, part.levels, counts, self.seed + i
+            )
+            orders.append(PacedOrder(self.curriculum, difficulty, self.seed))
+        return orders
 
     def _mixer(self, samples_per_step: int) -> Mixer:
         """Stages begin at steps; in samples that depends on the batch size, so those that have begun are remembered."""

@@ -1,0 +1,165 @@
+"""Which sequences, and how long ones, a run sees at which step: pure functions of the step.
+
+Shape letters: M sequences of a source, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from frugal.errors import require
+
+Difficulty = Literal["rarity", "compressibility", "length", "level", "random"]
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Sequences by difficulty: at each step the batch is drawn from the easiest so-and-so-many (Bengio et al. 2009).
+
+    After `steps` the run goes on in its usual order, each sequence once per epoch.
+
+    Args:
+        difficulty: rarity is the mean surprise of a sequence's tokens by their frequency (Platanios et al. 2019),
+            compressibility its size after zlib, length the mean length of its documents, level the highest level
+            among them (for sources that know one); random is the control: pacing without meaning.
+        steps: step at which the pool is the whole source.
+        start: share of the sequences in the pool at step 0.
+        pacing: how the pool grows (Wu et al. 2021, arXiv 2012.03107): linearly; root, fast at first, as the square root
+            (the competence of Platanios et al. 2019); step, at `start` until half-way, then whole; exponential.
+        reverse: hardest first, the anti-curriculum: a control.
+    """
+
+    difficulty: Difficulty
+    steps: int
+    start: float = 0.1
+    pacing: Literal["linear", "root", "step", "exponential"] = "root"
+    reverse: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.steps > 0, f"data.curriculum.steps: must be positive, got {self.steps}")
+        require(0 < self.start <= 1, f"data.curriculum.start: must lie in (0, 1], got {self.start}")
+
+    def share(self, step: int) -> float:
+        """Share of the sequences in the pool at a step, in (0, 1]."""
+        if step >= self.steps:
+            return 1.0
+        done = step / self.steps
+        if self.pacing == "linear":
+            return self.start + (1 - self.start) * done
+        if self.pacing == "root":
+            return math.sqrt(self.start**2 + (1 - self.start**2) * done)
+        if self.pacing == "exponential":
+            return self.start ** (1 - done)
+        return self.start if done < 0.5 else 1.0
+
+
+@dataclass(frozen=True)
+class LengthStage:
+    """From a step on, sequences of this length: a batch keeps its tokens, so it has more of the shorter sequences.
+
+    Training on short sequences first is cheaper and steadier (Li et al. 2022, arXiv 2108.06084). Its controls are
+    full-length sequences throughout, and short ones throughout.
+
+    Args:
+        start: optimizer step from which the length holds; the first stage starts at 0.
+        seq_len: tokens per sequence; divides data.seq_len.
+    """
+
+    start: int
+    seq_len: int
+
+
+def check_lengths(stages: Sequence[LengthStage], seq_len: int) -> None:
+    """Refuse stages out of order and lengths that do not divide the longest.
+
+    Raises:
+        UserError: naming the stage.
+    """
+    for i, stage in enumerate(stages):
+        key = f"data.lengths[{i}]"
+        require(i > 0 or stage.start == 0, f"{key}.start: the first stage starts at step 0, got {stage.start}")
+        require(
+            i == 0 or stage.start > stages[i - 1].start,
+            f"{key}.start: {stage.start} does not come after the stage before it ({stages[i - 1].start})",
+        )
+        require(
+            stage.seq_len > 0 and seq_len % stage.seq_len == 0,
+            f"{key}.seq_len: {stage.seq_len} does not divide data.seq_len ({seq_len})",
+        )
+
+
+def length_at(stages: Sequence[LengthStage], seq_len: int, step: int) -> int:
+    """Tokens per sequence at a step."""
+    return next((stage.seq_len for stage in reversed(stages) if stage.start <= step), seq_len)
+
+
+def difficulties(
+    kind: Difficulty,
+    tokens: np.ndarray,
+    seq_len: int,
+    starts: np.ndarray,
+    levels: np.ndarray,
+    counts: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """Difficulty of each whole sequence of a source, float64 [M]; higher is harder.
+
+    Args:
+        tokens: the source's training tokens; sequence k begins at token k T.
+        starts: where its documents begin, and the end, [documents + 1].
+        levels: of each document, -1 where unknown.
+        counts: how often each token occurs in the whole training text, [vocabulary].
+        seed: of the random control.
+
+    Raises:
+        UserError: `level` for a source that knows none.
+    """
+    n = (len(tokens) - 1) // seq_len - 1
+    if kind == "random":
+        return np.random.Generator(np.random.Philox(key=[seed, 1 << 62])).random(n)
+    windows = np.asarray(tokens[: n * seq_len]).reshape(n, seq_len)
+    if kind == "rarity":
+        surprise = -np.log(np.maximum(counts, 1) / max(counts.sum(), 1))
+        return surprise[windows].mean(axis=1)
+    if kind == "compressibility":
+        return np.array([len(zlib.compress(window.tobytes(), 6)) / window.nbytes for window in windows])
+    first = np.searchsorted(starts, np.arange(n) * seq_len, side="right") - 1
+    last = np.searchsorted(starts, (np.arange(n) + 1) * seq_len - 1, side="right") - 1
+    if kind == "length":
+        return np.array([np.diff(starts)[a : b + 1].mean() for a, b in zip(first, last, strict=True)])
+    require(
+        bool((levels >= 0).any()),
+        "data.curriculum.difficulty: level needs a source that knows levels (a synthetic one); use rarity, "
+        "compressibility or length",
+    )
+    return np.array([levels[a : b + 1].max() for a, b in zip(first, last, strict=True)], dtype=np.float64)
+
+
+class PacedOrder:
+    """A curriculum over one source: which sequence sample number `index` is at a step.
+
+    Args:
+        curriculum: what it is.
+        difficulty: of each sequence, [M].
+        seed: with the sample's index, decides the draw from the pool.
+    """
+
+    def __init__(self, curriculum: Curriculum, difficulty: np.ndarray, seed: int) -> None:
+        self.curriculum, self.seed = curriculum, seed
+        order = np.argsort(difficulty, kind="stable")
+        self.order = order[::-1].copy() if curriculum.reverse else order
+
+    def draw(self, index: int, step: int) -> int | None:
+        """The sequence, in [0, M); None once the curriculum is over."""
+        if step >= self.curriculum.steps:
+            return None
+        pool = max(1, math.ceil(self.curriculum.share(step) * len(self.order)))
+        # A counter of its own: 0 is the epochs' order, small ones the text transforms.
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, index], counter=[0, 0, 0, 1 << 40]))
+        return int(self.order[rng.integers(pool)])
