@@ -34,7 +34,7 @@ def last(folder: Path) -> dict[str, Any]:
 
 
 def history(folder: Path) -> list[dict]:
-    timed = ("time", "speed/", "cost/seconds", "cost/joules", "cost/dollars")
+    timed = ("time", "data/wait_fraction", "speed/", "cost/seconds", "cost/joules", "cost/dollars")
     rows = read_lines(folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]
 

@@ -74,7 +74,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def history(folder: Path) -> list[dict]:
-    timed = ("time", "speed/", "cost/seconds", "cost/joules", "cost/dollars")
+    timed = ("time", "data/wait_fraction", "speed/", "cost/seconds", "cost/joules", "cost/dollars")
     return [
         {key: value for key, value in row.items() if not key.startswith(timed)}
         for row in read_lines(folder / "metrics.jsonl")

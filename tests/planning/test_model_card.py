@@ -36,6 +36,8 @@ def test_presets_count_as_built_and_as_published(path: Path) -> None:
     biases = [b.numel() for name, b in model.named_buffers() if name.endswith("expert_bias")]
     assert counts.total == sum(p.numel() for p in model.parameters()) + sum(biases)
     assert counts.total == TOTALS.get(path.stem, counts.total)
+    if config.sharing:
+        return  # tests/model/test_sharing.py counts what is active there
     idle = 0.0
     for moe in model.moe_layers().values():
         assert config.moe

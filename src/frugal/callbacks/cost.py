@@ -75,7 +75,9 @@ class CostMeter(pl.Callback):
         self.joules = self.dollars = 0.0
         self.row: Hardware | None = None
         self._mark = 0.0
-        self._window = (0, 0.0, 0.0)
+        self.waited = 0.0  # seconds of the training phase in which the loader had no batch ready
+        self._waited_here = 0.0  # how many of them the loader of this process has reported so far
+        self._window = (0, 0.0, 0.0, 0.0)
         self._flops_per_token: dict[tuple[int, Frozen], float] = {}
 
     # --- the clock: every moment of the fit belongs to one of the phases
@@ -116,7 +118,7 @@ class CostMeter(pl.Callback):
         if charged and "data" not in self.seconds:  # once for a run, however often it is resumed
             self.seconds["data"] = 0.0
             self._spend("data", charged)
-        self._window = (self.tokens, self.seconds["train"], self.flops)
+        self._window = (self.tokens, self.seconds["train"], self.flops, self.waited)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
         """Count the micro-batch; log the speed at the end of each window."""
@@ -130,20 +132,28 @@ class CostMeter(pl.Callback):
         if pl_module.step_complete and trainer.global_step % trainer.log_every_n_steps == 0:
             _synchronize(self.device)
             self._lap("train")
+            self._note_waiting(trainer)
+            waited = self.waited - self._window[3]
             tokens, seconds = self.tokens - self._window[0], self.seconds["train"] - self._window[1]
             flops = self.flops - self._window[2]
-            self._window = (self.tokens, self.seconds["train"], self.flops)
+            self._window = (self.tokens, self.seconds["train"], self.flops, self.waited)
             speed = tokens / max(seconds, 1e-9)
             pl_module.log("speed/tokens_per_second", speed, prog_bar=True)
             pl_module.log_dict(
                 {
                     "speed/mfu": self._mfu(flops / max(seconds, 1e-9), trainer.world_size),
+                    "data/wait_fraction": waited / max(seconds, 1e-9),
                     "cost/tokens": float(self.tokens),
                     "cost/flops": self.flops,
                     "cost/seconds": sum(self.seconds.values()),
                     **{f"cost/{name}": value for name, value in self._estimates().items() if value is not None},
                 }
             )
+
+    def _note_waiting(self, trainer: pl.Trainer) -> None:
+        reported = float(getattr(trainer.datamodule, "waited_seconds", 0.0))
+        self.waited += reported - self._waited_here
+        self._waited_here = reported
 
     def _estimates(self) -> dict[str, float | None]:
         """Joules and dollars so far; None for a device that the table does not know."""
@@ -175,6 +185,7 @@ class CostMeter(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Close the last phase."""
+        self._note_waiting(trainer)
         self._lap("train")
 
     # --- across resumes
@@ -187,6 +198,7 @@ class CostMeter(pl.Callback):
             "tokens": self.tokens,
             "flops": self.flops,
             "seconds": dict(self.seconds),
+            "waited": self.waited,
             "joules": self.joules,
             "dollars": self.dollars,
             "peaks": dict(self.measured_peaks),
@@ -196,6 +208,7 @@ class CostMeter(pl.Callback):
         """Go on counting where the checkpoint stood."""
         self.tokens, self.flops = state_dict["tokens"], state_dict["flops"]
         self.seconds = dict(state_dict["seconds"])
+        self.waited = state_dict.get("waited", 0.0)
         self.joules, self.dollars = state_dict["joules"], state_dict["dollars"]
         for device, flops in state_dict.get("peaks", {}).items():
             self._keep_peak(device, flops)
@@ -224,6 +237,7 @@ class CostMeter(pl.Callback):
             "params_active_without_input_embedding": counts.active_without_input_embedding,
             "params_applied": counts.applied,
             "tokens_per_second": self.tokens / train_seconds,
+            "wait_fraction": self.waited / train_seconds,
             "mfu": self._mfu(self.flops / train_seconds, trainer.world_size),
             "peak_tflops_measured": self.peak_flops / 1e12,
             "global_step": trainer.global_step,

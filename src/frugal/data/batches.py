@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from frugal.data.curriculum import LengthStage, PacedOrder, length_at
 from frugal.data.mixture import Mixer
@@ -157,6 +158,22 @@ class EvaluationSequences(Dataset[dict[str, Tensor]]):
         positions_BT = np.asarray(indices)[:, None] * self.seq_len + np.arange(1, self.seq_len + 1)
         parts = torch.from_numpy(np.searchsorted(self.part_ends, positions_BT, side="right"))
         return {"input_ids": ids, "labels": labels, "parts": parts}
+
+
+class TimedLoader(DataLoader[dict[str, Tensor]]):
+    """A DataLoader that adds up how long the training loop waited for it, in seconds."""
+
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        iterator = super().__iter__()
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
 
 class StepSampler(Sampler[list[int]]):

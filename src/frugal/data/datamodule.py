@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from frugal.data.batches import EvaluationSequences, ShardSampler, StepSampler, TrainingSequences
+from frugal.data.batches import EvaluationSequences, ShardSampler, StepSampler, TimedLoader, TrainingSequences
 from frugal.data.curriculum import Curriculum, LengthStage, PacedOrder, check_lengths, difficulties
 from frugal.data.mixture import Mixer, MixtureStage, check_stages
 from frugal.data.packing import Prepared, Split, prepare
@@ -124,8 +124,8 @@ class TextDataModule(pl.LightningDataModule):
         """Bytes of text per token, int64 [vocab]."""
         return torch.from_numpy(token_byte_lengths(self.tokenizer))
 
-    def _loader(self, dataset: Any, sampler: Any) -> DataLoader:
-        return DataLoader(
+    def _loader(self, dataset: Any, sampler: Any) -> TimedLoader:
+        return TimedLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=_as_is,
@@ -163,7 +163,13 @@ class TextDataModule(pl.LightningDataModule):
         self.training_sequences = TrainingSequences(
             self.prepared.train, self.seq_len, self.seed, parts, mixer, transforms, clock, self._paced(), self.lengths
         )
-        return self._loader(self.training_sequences, sampler)
+        self.train_loader = self._loader(self.training_sequences, sampler)
+        return self.train_loader
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long training has waited for batches in this process."""
+        return self.train_loader.waited
 
     def _paced(self) -> list[PacedOrder]:
         """The curriculum's order of each source's sequences."""

@@ -26,7 +26,8 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         (
             "speed",
             f"{summary['tokens_per_second']:,.0f} tokens/s · MFU {summary['mfu']:.0%} of the "
-            f"{summary['peak_tflops_measured'] * 1000:,.0f} GFLOP/s measured here",
+            f"{summary['peak_tflops_measured'] * 1000:,.0f} GFLOP/s measured here"
+            + (f" · {waited:.1%} waiting for data" if (waited := summary.get("wait_fraction")) is not None else ""),
         ),
         (
             "estimate",
