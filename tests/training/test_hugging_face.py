@@ -113,6 +113,45 @@ def test_counts_and_flops_by_the_rule() -> None:
     assert loss.item() == pytest.approx(0.5 * 2, rel=0.5)  # about top_k when balanced
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64}
+WITH_EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
+HEADS = {f"linear_num_{name}_heads": 2 for name in ("key", "value")}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "gpt2"} | SMALL,
+        {"model_type": "bloom"} | SMALL,  # no max_position_embeddings
+        {"model_type": "rwkv", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64},  # no cache of ours
+        {"model_type": "qwen3_moe", "head_dim": 6, "rope_theta": 5e5} | SMALL | WITH_EXPERTS,
+        {"model_type": "qwen3_next", "head_dim": 8, "shared_expert_intermediate_size": 16}
+        | SMALL | WITH_EXPERTS | LINEAR | HEADS,  # layers with states beside layers with keys and values
+    ],
+    ids=lambda values: values["model_type"],
+)  # fmt: skip
+def test_any_type_generates_as_without_a_cache(values: dict) -> None:
+    config = hf_config(values, {"max_position_embeddings": 16, "eos_token_id": 0, "bos_token_id": None})
+    torch.manual_seed(0)
+    model = HFModel(config, 16)
+    model.require_causal()
+    ids = torch.randint(0, 64, (2, 8))
+    assert torch.equal(generate(model, ids, 8, temperature=0), generate(model, ids, 8, temperature=0, use_cache=False))
+    again = HFModel.rebuild(model.values)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(ids), model.eval()(ids))
+    older = json.loads(model.values) | {"transformers_version": "5.0.0"}
+    assert HFModel.comparable(json.dumps(older)) == HFModel.comparable(model.values)
+
+
+def test_what_follows_the_data_gives_way_to_what_is_set() -> None:
+    defaults = {"vocab_size": 64, "max_position_embeddings": 16}
+    assert hf_config({"model_type": "gpt2", "n_positions": 8}, defaults).max_position_embeddings == 8
+    assert hf_config({"model_type": "gpt2", "n_embd": 12}, defaults).n_positions == 16
+    assert hf_config({"model_type": "llama", "rope_theta": 5e5}, defaults).rope_parameters["rope_theta"] == 5e5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -122,6 +161,9 @@ def test_counts_and_flops_by_the_rule() -> None:
         ([*HF, "--model.init_args.path", "nowhere"], "model.path: no folder nowhere"),
         ([*FROM_CONFIG[:-1], json.dumps(LLAMA | {"vocab_size": 100})], "vocabulary of 100 is smaller than"),
         ([*FROM_CONFIG[:-1], json.dumps(LLAMA | {"max_position_embeddings": 8})], "data.seq_len: 16 is more than"),
+        ([*HF, "--model.init_args.config", '{"model_type": "t5"}'], "'t5' is no causal language model"),
+        ([*FROM_CONFIG[:-1], json.dumps(LLAMA | {"model_type": "bert"})], "BertLMHeadModel sees later tokens"),
+        ([*FROM_CONFIG[:-1], json.dumps(LLAMA | {"num_attention_heads": 4, "num_key_value_heads": 3})], "cannot run"),
         (["--model.init_from", "nowhere"], "nowhere has no config.json"),
     ],
 )

@@ -5,37 +5,63 @@ Shape letters: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from frugal.errors import UserError, require
 from frugal.model.counts import Counts, Flops
 
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # what configs call the number of routed ones
+CONFIG_ERRORS = (ValueError, StrictDataclassError)  # what a config of `transformers` raises for a wrong value
 
-def hf_config(values: dict[str, Any]) -> Any:
+
+def hf_config(values: dict[str, Any], defaults: dict[str, Any] | None = None) -> Any:
     """A `transformers` config from `model_type` and its fields.
 
+    Args:
+        values: model_type and fields, by any name that `transformers` knows them by.
+        defaults: fields that follow the data; those that this type lacks, or that `values` sets, are left out.
+
     Raises:
-        UserError: no or an unknown model_type, or a field that this type does not have.
+        UserError: no or an unknown model_type, one that is no causal language model, or a field that it does not have.
     """
     from transformers import CONFIG_MAPPING
 
     kind = str(values.get("model_type"))
-    if kind not in CONFIG_MAPPING:
-        raise UserError(f"model.config.model_type: transformers knows no {kind!r} (examples: llama, qwen3, gpt2)")
+    require(
+        kind in CONFIG_MAPPING,
+        f"model.config.model_type: transformers knows no {kind!r} (examples: llama, qwen3, gpt2)",
+    )
+    _require_causal_type(kind, "model.config.model_type")
     kind_class = CONFIG_MAPPING[kind]
-    known = kind_class().to_dict().keys() | set(getattr(kind_class, "attribute_map", {}))
-    if unknown := sorted(values.keys() - known):
+    aliases: dict[str, str] = getattr(kind_class, "attribute_map", {})
+    known = kind_class().to_dict().keys() | set(aliases)
+    require("vocab_size" in known, f"model.config.model_type: {kind!r} is no model of text alone (no vocab_size)")
+    # Published configs say more than the type declares, and the model reads it.
+    also = {"head_dim", "rope_theta", "rope_scaling"} if "rope_parameters" in known else set()
+    if unknown := sorted(values.keys() - known - also):
         raise UserError(f"model.config.{unknown[0]}: no field of {kind_class.__name__}")
+    given = {aliases.get(key, key) for key in values}
+    follow = {
+        key: value for key, value in (defaults or {}).items() if key in known and aliases.get(key, key) not in given
+    }
     try:
-        return kind_class(**{key: value for key, value in values.items() if key != "model_type"})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"model.config: {' '.join(str(error).split())}") from None
+        return kind_class(**follow, **{key: value for key, value in values.items() if key != "model_type"})
+    except (*CONFIG_ERRORS, TypeError) as error:
+        raise UserError(f"model.config: {' '.join(str(error).split())[:300]}") from None
+
+
+def _require_causal_type(kind: str, key: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    require(kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, f"{key}: {kind!r} is no causal language model of transformers")
 
 
 def read_hf_config(path: str) -> Any:
@@ -46,23 +72,12 @@ def read_hf_config(path: str) -> Any:
     require(not local.exists() or (local / "config.json").is_file(), f"model.path: {path} has no config.json")
     require(local.exists() or path.count("/") == 1, f"model.path: no folder {path}")
     try:
-        return AutoConfig.from_pretrained(str(local) if local.exists() else path)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(str(local) if local.exists() else path)
+    except (*CONFIG_ERRORS, OSError, KeyError) as error:
         raise UserError(f"model.path: cannot read the config of {path} ({str(error).splitlines()[0]})") from None
-
-
-class HFCache:
-    """A `transformers` cache of the whole model, with the length that our generation reads."""
-
-    def __init__(self) -> None:
-        from transformers import DynamicCache
-
-        self.cache = DynamicCache()
-
-    @property
-    def length(self) -> int:
-        """Positions seen so far."""
-        return int(self.cache.get_seq_length())
+    _require_causal_type(config.model_type, "model.path")
+    require(hasattr(config, "vocab_size"), f"model.path: {path} is no model of text alone (no vocab_size)")
+    return config
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,15 @@ class HFShape:
     n_mtp: int = 0
 
 
+def _read_values(values: str) -> tuple[Any, int]:
+    """The config and the longest sequence that `HFModel.values` gave."""
+    from transformers import AutoConfig
+
+    content = json.loads(values)
+    max_seq_len = content.pop("frugal_max_seq_len")
+    return AutoConfig.for_model(**content), max_seq_len
+
+
 class HFModel(nn.Module):
     """Token ids [B, T] -> logits [B, T, V], by whatever architecture the config names."""
 
@@ -83,7 +107,7 @@ class HFModel(nn.Module):
         super().__init__()
         try:
             self.lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except (ValueError, TypeError, KeyError) as error:
+        except (*CONFIG_ERRORS, TypeError, KeyError, AssertionError) as error:
             raise UserError(f"model.config: {' '.join(str(error).split())[:300]}") from None
         self.config = HFShape(config.vocab_size, max_seq_len or config.max_position_embeddings)
         self._router_loss: Tensor | None = None
@@ -105,6 +129,24 @@ class HFModel(nn.Module):
             raise UserError(f"model.path: {path} lacks the tensor {missing[0]}")
         self.lm.load_state_dict(loaded.state_dict())
 
+    @torch.no_grad()
+    def require_causal(self) -> None:
+        """Refuse a model that cannot run, or whose guess at a position depends on later tokens (as BERT's does)."""
+        weight = self.lm.get_input_embeddings().weight
+        ids_BT = torch.arange(4, device=weight.device).repeat(2, 1) % self.config.vocab_size
+        ids_BT[1, -1] = 4 % self.config.vocab_size
+        was_training = self.training
+        self.eval()
+        try:
+            first_TV, second_TV = self(ids_BT)[:, :-1].float()
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"model.config: the model cannot run ({' '.join(str(error).split())[:300]})") from None
+        self.train(was_training)
+        require(
+            bool((first_TV - second_TV).abs().max() <= 1e-5 * first_TV.abs().max()),
+            f"model.config: {type(self.lm).__name__} sees later tokens (BERT-like types need is_decoder: true)",
+        )
+
     @property
     def values(self) -> str:
         """The config as JSON: what a checkpoint keeps of it."""
@@ -112,26 +154,32 @@ class HFModel(nn.Module):
         return json.dumps(content, sort_keys=True, default=str)
 
     @staticmethod
+    def comparable(values: str) -> dict[str, Any]:
+        """What `values` gave, as this version of `transformers` writes it, without what does not shape the model."""
+        config, max_seq_len = _read_values(values)
+        content = json.loads(json.dumps(config.to_dict(), default=str)) | {"max_seq_len": max_seq_len}
+        return {key: value for key, value in content.items() if key not in ("transformers_version", "_name_or_path")}
+
+    @staticmethod
     def rebuild(values: str) -> HFModel:
         """The model, its weights random, from what `values` gave."""
-        from transformers import AutoConfig
+        return HFModel(*_read_values(values))
 
-        content = json.loads(values)
-        max_seq_len = content.pop("frugal_max_seq_len")
-        return HFModel(AutoConfig.for_model(**content), max_seq_len)
-
-    def forward(self, ids_BT: Tensor, caches: list[HFCache] | None = None) -> Tensor:
+    def forward(self, ids_BT: Tensor, caches: list[Any] | None = None) -> Tensor:
         """Logits [B, T, V] of the next token at each position."""
-        cache = caches[0].cache if caches else None
+        cache = caches[0] if caches else None
         out = self.lm(input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None)
         auxiliary = getattr(out, "aux_loss", None)
         if self.training and isinstance(auxiliary, Tensor):
             self._router_loss = self.lm.config.router_aux_loss_coef * auxiliary
         return out.logits
 
-    def new_caches(self, batch_size: int, max_len: int) -> list[HFCache]:
-        """One cache for all layers; it grows by itself."""
-        return [HFCache()]
+    def new_caches(self, batch_size: int, max_len: int) -> list[Any]:
+        """One cache for all layers, which grows by itself; none for types that remember in other ways (Mamba, RWKV)."""
+        from transformers import DynamicCache
+
+        cached = "past_key_values" in inspect.signature(self.lm.forward).parameters
+        return [DynamicCache(config=self.lm.config)] if cached else []  # the config names layers with windows or states
 
     def take_router_loss(self) -> Tensor | None:
         """The weighted balance loss of the last training call, where `output_router_logits` asks for it."""
@@ -166,6 +214,3 @@ class HFModel(nn.Module):
         scores = config.num_hidden_layers * 4 * config.hidden_size * (seq_len + 1) / 2
         forward = 2.0 * self.counts().active_without_input_embedding + scores
         return Flops(forward=forward, backward=2 * forward)
-
-
-EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")

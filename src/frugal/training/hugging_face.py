@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, cast
 
 from torch import Tensor
 
+from frugal.data.tokenization import EOT
 from frugal.errors import UserError, require
 from frugal.model.counts import Counts, Flops
 from frugal.model.hf_model import HFModel, hf_config, read_hf_config
@@ -25,8 +25,8 @@ class HuggingFaceModel(LanguageModel):
     Args:
         optimizer: AdamW's settings.
         schedule: the learning rate over the steps of the run (trainer.max_steps).
-        config: model_type and the fields of its config, for random weights; vocab_size and
-            max_position_embeddings follow the data where they are left out.
+        config: model_type and the fields of its config, for random weights; vocab_size, max_position_embeddings and
+            the special tokens follow the data where they are left out.
         path: a local folder as `save_pretrained` or `frugal export` writes it, or a model of the Hub.
         load_weights: take the weights from `path` too; false starts that architecture from random weights.
         compile: torch.compile the whole model.
@@ -57,7 +57,8 @@ class HuggingFaceModel(LanguageModel):
             config = read_hf_config(self.path)
         else:
             assert self.values is not None
-            config = hf_config({"vocab_size": tokens, "max_position_embeddings": data.seq_len} | self.values)
+            special = {"bos_token_id": None, "eos_token_id": data.tokenizer.token_to_id(EOT), "pad_token_id": None}
+            config = hf_config(self.values, {"vocab_size": tokens, "max_position_embeddings": data.seq_len, **special})
         require(
             config.vocab_size >= tokens,
             f"model: its vocabulary of {config.vocab_size} is smaller than the tokenizer's {tokens} tokens; set "
@@ -75,6 +76,7 @@ class HuggingFaceModel(LanguageModel):
         self.model = HFModel(self.hf_config, self.seq_len)  # type: ignore[assignment]
         if self.path is not None and self.load_weights:
             self.hf.load_pretrained(self.path)
+        self.hf.require_causal()
         if self.compile_blocks:
             self.hf.lm.compile()
 
@@ -109,8 +111,7 @@ class HuggingFaceModel(LanguageModel):
         """Refuse a checkpoint of another model, naming the fields that differ."""
         if "hugging_face" not in checkpoint:
             raise UserError("ckpt_path: the file holds no transformers model (model.class_path differs)")
-        differences = shape_differences(
-            json.loads(checkpoint["hugging_face"]), json.loads(self.hf.values), "model.config"
-        )
+        theirs, ours = HFModel.comparable(checkpoint["hugging_face"]), HFModel.comparable(self.hf.values)
+        differences = shape_differences(theirs, ours, "model.config")
         if differences:
             raise UserError("ckpt_path: the checkpoint has another shape: " + "; ".join(differences))
