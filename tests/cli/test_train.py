@@ -103,6 +103,10 @@ main(["fit", "--config", "tiny.yaml", "--run.name", "cut", *sys.argv[2:]])
 """
 
 
+TWO_SOURCES = [
+    {"source": {"class_path": "frugal.data.sources.LocalText", "init_args": {"path": "text.txt"}}, "name": "a"},
+    {"source": {"class_path": "frugal.data.sources.KingJames"}, "name": "b", "weight": 2},
+]
 SHARED_AND_AHEAD = (
     *("--model.transformer.n_layers", "4", "--model.transformer.n_mtp", "1", "--model.mtp_loss_weight.final", "0.1"),
     *("--model.transformer.sharing.n_blocks", "1", "--model.transformer.sharing.prelude", "1"),
@@ -124,6 +128,15 @@ AUGMENTED = """[
         ("step 7", ()),
         ("validation", ()),
         ("step 5", SHARED_AND_AHEAD),
+        (
+            "step 7",
+            (
+                *("--data.curriculum.difficulty", "compressibility", "--data.curriculum.steps", "8"),
+                *("--data.lengths", "[{start: 0, seq_len: 8}, {start: 6, seq_len: 16}]", "--data.num_workers", "2"),
+                *("--data.source.class_path", "Mixture", "--data.source.sources", json.dumps(TWO_SOURCES)),
+                *("--data.mixture", "[{start: 0, weights: {a: 1}}, {start: 6, weights: {a: 1, b: 3}}]"),
+            ),
+        ),
         (
             "step 7",
             ("--trainer.accumulate_grad_batches", "2", "--data.num_workers", "1", "--trainer.val_check_interval", "8"),

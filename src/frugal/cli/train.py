@@ -236,11 +236,36 @@ def null_as_mapping(args: list[str]) -> list[str]:
 
 def main(args: list[str] | None = None) -> None:
     """Parse, instantiate and run one of fit, validate, test and predict."""
+    _quiet()
+    keep_freed_memory()
+    if args is None:
+        # In place: Lightning starts further processes from it.
+        sys.argv[1:] = null_as_mapping(overlays_first(sys.argv[1:]))
+    else:
+        args = null_as_mapping(args)
+    with one_line_errors(OPTIONS):
+        _start(FrugalCLI, args)
+
+
+def build(args: list[str]) -> FrugalCLI:
+    """Parse and instantiate as `main` does, but run nothing; faults are raised."""
+    _quiet()
+    return _start(_BuildOnly, null_as_mapping(args))
+
+
+class _BuildOnly(FrugalCLI):
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leave trainer, model and datamodule to the caller."""
+
+
+def _quiet() -> None:
+    """Log our own lines only, and silence warnings that do not apply here."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("frugal").setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     # The validation metric is reduced over ranks by torchmetrics before it is logged.
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")
     warnings.filterwarnings("ignore", ".*custom batch sampler.*for prediction.*")
@@ -249,29 +274,24 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    keep_freed_memory()
-    if args is None:
-        sys.argv[1:] = null_as_mapping(
-            overlays_first(sys.argv[1:])
-        )  # in place: Lightning starts further processes from it
-    else:
-        args = null_as_mapping(args)
-    with one_line_errors(OPTIONS):
-        if not Path(BASE_CONFIG).is_file():
-            raise UserError(f"no {BASE_CONFIG} here: run from the project's root folder")
-        OPTIONS.update(known_keys(yaml.safe_load(Path(BASE_CONFIG).read_text(encoding="utf-8"))))
-        options = {"exit_on_error": False}
-        FrugalCLI(
-            pl.LightningModule,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={**options, **{s: {**options, "default_config_files": [BASE_CONFIG]} for s in SUBCOMMANDS}},
-            args=args,
-        )
+
+
+def _start(kind: type[FrugalCLI], args: list[str] | None) -> FrugalCLI:
+    if not Path(BASE_CONFIG).is_file():
+        raise UserError(f"no {BASE_CONFIG} here: run from the project's root folder")
+    OPTIONS.update(known_keys(yaml.safe_load(Path(BASE_CONFIG).read_text(encoding="utf-8"))))
+    options = {"exit_on_error": False}
+    return kind(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs={**options, **{s: {**options, "default_config_files": [BASE_CONFIG]} for s in SUBCOMMANDS}},
+        args=args,
+    )
 
 
 __all__ = ["FrugalCLI", "LanguageModel", "TextDataModule", "main"]  # the classes are known by name in YAML

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from frugal.cli.errors import one_line_errors
 from frugal.cli.model_verbs import count, export, import_, shapes
+from frugal.cli.prepare import prepare
 from frugal.cli.synthesize import synthesize
 
 
@@ -44,6 +45,7 @@ def generate(
 
 
 VERBS: dict[str, Callable[..., None]] = {
+    "prepare": prepare,
     "generate": generate,
     "count": count,
     "shapes": shapes,

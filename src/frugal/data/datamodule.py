@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from frugal.data.batches import EvaluationSequences, ShardSampler, StepSampler, TimedLoader, TrainingSequences
-from frugal.data.curriculum import Curriculum, LengthStage, PacedOrder, check_lengths, difficulties
+from frugal.data.curriculum import Curriculum, Difficulty, LengthStage, PacedOrder, check_lengths, difficulties
 from frugal.data.mixture import Mixer, MixtureStage, check_stages
 from frugal.data.packing import Prepared, Split, prepare
 from frugal.data.sources import Source
@@ -175,15 +175,17 @@ class TextDataModule(pl.LightningDataModule):
         """The curriculum's order of each source's sequences."""
         if self.curriculum is None:
             return []
+        scores = self.difficulty_of_sequences(self.curriculum.difficulty)
+        return [PacedOrder(self.curriculum, score, self.seed) for score in scores]
+
+    def difficulty_of_sequences(self, kind: Difficulty) -> list[np.ndarray]:
+        """Difficulty of each source's whole sequences, [M] each (after setup)."""
         assert self.prepared is not None
         counts = np.bincount(self.prepared.train, minlength=self.tokenizer.get_vocab_size())
-        orders = []
-        for i, part in enumerate(self.prepared.parts):
-            difficulty = difficulties(
-                self.curriculum.difficulty, part.train, self.seq_len, part.starts, part.levels, counts, self.seed + i
-            )
-            orders.append(PacedOrder(self.curriculum, difficulty, self.seed))
-        return orders
+        return [
+            difficulties(kind, part.train, self.seq_len, part.starts, part.levels, counts, self.seed + i)
+            for i, part in enumerate(self.prepared.parts)
+        ]
 
     def _mixer(self, samples_per_step: int) -> Mixer:
         """Stages begin at steps; in samples that depends on the batch size, so those that have begun are remembered."""

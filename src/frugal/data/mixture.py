@@ -109,6 +109,11 @@ class Mixer:
         part = int(parts[position])
         return part, int(self.before[stage][part] + block * self.counts[stage][part] + rank[position])
 
+    def drawn_before(self, index: int) -> np.ndarray:
+        """How many of the first `index` samples each source gives, int64 [parts]."""
+        stage = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self._drawn(stage, int(index) - self.starts[stage])
+
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_order"}
 

@@ -10,6 +10,7 @@ from frugal.tracking.run_folder import RunFolder, read_lines
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
 # Okabe & Ito (2008): distinguishable with every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
@@ -78,6 +79,27 @@ def expert_load_figure(rows: list[dict[str, Any]], title: str) -> Figure:
     axes[-1].set(xlabel="optimizer step")
     figure.colorbar(axes[0].images[0], ax=list(axes), label="load / even load", shrink=0.8)
     figure.suptitle(title)
+    return figure
+
+
+def plan_figure(plan: Any, rates: list[float], names: list[str], title: str) -> Figure:
+    """What a run will see (a `frugal.data.plan.Plan`): difficulty, length, mixture and learning rate over the steps."""
+    figure = _figure(figsize=(8, 7))
+    hard, length, mixture, rate = figure.subplots(4, 1, sharex=True, height_ratios=(3, 1, 2, 1))
+    low, median, high = plan.difficulty.T
+    hard.fill_between(plan.steps, low, high, color=BLUE, alpha=0.25, linewidth=0, label="10% to 90%")
+    hard.plot(plan.steps, median, color=BLUE, linewidth=1.2, label="median")
+    hard.set(ylabel=f"difficulty:\n{plan.kind}", title=title)
+    hard.legend(loc="lower right")
+    length.step(plan.steps, plan.seq_len, where="post", color="black", linewidth=1)
+    length.set(ylabel="tokens per\nsequence", ylim=(0, None))
+    mixture.stackplot(plan.steps, plan.shares.T, labels=names, alpha=0.8)
+    mixture.set(ylabel="share of\nsequences", ylim=(0, 1))
+    mixture.legend(loc="upper right", fontsize="small")
+    rate.plot(plan.steps, rates, color="black", linewidth=1)
+    rate.set(xlabel="optimizer step", ylabel="learning rate\n/ peak", ylim=(0, 1.05))
+    for axis in (hard, length, rate):
+        axis.grid(alpha=0.3)
     return figure
 
 

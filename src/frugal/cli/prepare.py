@@ -1,0 +1,57 @@
+"""The verb that prepares the data of a run and draws what the run will see."""
+
+from __future__ import annotations
+
+
+def prepare(experiment: str, out: str = "plan.png", points: int = 100) -> None:
+    """Prepare a run's data and draw what it will see, step by step, before any training.
+
+    Args:
+        experiment: a file of configs/experiments/, or configs/base.yaml.
+        out: picture to write: difficulty, sequence length, mixture and learning rate over the steps.
+        points: windows along the run that are looked at.
+    """
+    import logging
+    from pathlib import Path
+
+    from frugal.cli.train import build
+    from frugal.data.datamodule import TextDataModule
+    from frugal.data.plan import plan_of
+    from frugal.errors import UserError, require
+    from frugal.planning.hints import late_curriculum
+    from frugal.tracking.plots import plan_figure
+
+    require(points > 0, f"points: must be positive, got {points}")
+    require(Path(out).suffix in (".png", ".svg", ".pdf"), f"out: {out} must end in .png, .svg or .pdf")
+    made = build(["fit", "--config", experiment, "--trainer.logger", "false"])
+    data, steps = made.datamodule, made.trainer.max_steps
+    if not isinstance(data, TextDataModule):
+        raise UserError(f"experiment: {experiment} trains on {type(data).__name__}; only text can be drawn")
+    data.trainer = made.trainer
+    data.prepare_data()
+    data.setup("fit")
+    data.train_dataloader()
+    kind = data.curriculum.difficulty if data.curriculum else "rarity"
+    plan = plan_of(data.training_sequences, data.difficulty_of_sequences(kind), kind, steps, points)
+    schedule = made.model.schedule
+    rates = [schedule.factor(step, steps) for step in plan.steps.tolist()]
+    assert data.prepared is not None
+    parts = data.prepared.parts
+    for part, epochs, first, last in zip(parts, plan.epochs, plan.shares[0], plan.shares[-1], strict=True):
+        print(
+            f"{part.name}: {len(part.train):,} training and {len(part.val):,} validation tokens, "
+            f"{first:.0%} of the sequences at first, {last:.0%} at last, {epochs:.2f} epochs"
+        )
+    print(
+        f"{kind} (median): {plan.difficulty[0, 1]:.4g} at step 0, {plan.difficulty[-1, 1]:.4g} at step "
+        f"{plan.steps[-1]}; sequences of {plan.seq_len[0]} tokens at first, {plan.seq_len[-1]} at last"
+    )
+    if data.curriculum and (hint := late_curriculum(data.curriculum.steps, steps, schedule.factor)):
+        logging.getLogger("frugal").warning(hint)
+    title = f"What {made.run_config.name} will see"
+    figure = plan_figure(plan, rates, [part.name for part in parts], title)
+    try:
+        figure.savefig(out)
+    except OSError as error:
+        raise UserError(f"out: cannot write {out} ({error.strerror})") from None
+    print(f"written to {out}; prepared data in {data.prepared.folder}")
