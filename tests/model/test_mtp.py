@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from frugal.errors import UserError
 from frugal.model.config import TransformerConfig, count_parameters, flops_per_token
 from frugal.model.generation import distribution, generate
-from frugal.model.speculative import generate_speculatively
+from frugal.model.speculative import generate_speculatively, residual
 from frugal.model.transformer import Transformer
 from frugal.planning.model_card import read_transformer
 
@@ -140,6 +140,12 @@ def test_sampling_keeps_the_distribution(tiny: TransformerConfig, n_mtp: int) ->
     chi2 = sum((counts[s] - n * p) ** 2 / (n * p) for s, p in exact.items() if p > 0)
     freedom = sum(p > 0 for p in exact.values()) - 1
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_rounding_leaves_something_to_draw_from() -> None:
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    torch.testing.assert_close(residual(p, q), torch.tensor([0.3, 0.0, 0.0]))
+    assert torch.equal(residual(p, p * (1 + 2e-7)), p)  # turned down by a hair
 
 
 def test_what_cannot_guess_is_refused(tiny: TransformerConfig) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from frugal.errors import UserError
 from frugal.model.config import TransformerConfig, count_parameters, flops_per_token, kv_cache_bytes_per_token
 from frugal.model.hf_config import to_hf_config
 from frugal.model.transformer import Transformer
@@ -87,3 +88,8 @@ def test_the_embedded_preset_is_the_default_run() -> None:
     preset = yaml.safe_load((FOLDER / "kjv_moe.yaml").read_text())
     assert preset == {**base["model"]["init_args"]["transformer"], **linked}
     assert read_transformer(str(ROOT / "configs/base.yaml")) == shape("kjv_moe")
+
+
+def test_an_experiment_with_another_model_is_not_counted_as_ours() -> None:
+    with pytest.raises(UserError, match=r"shape: .*003_hf_model\.yaml trains a HuggingFaceModel"):
+        read_transformer(str(ROOT / "configs/experiments/003_hf_model.yaml"))

@@ -168,7 +168,9 @@ class HFModel(nn.Module):
     def forward(self, ids_BT: Tensor, caches: list[Any] | None = None) -> Tensor:
         """Logits [B, T, V] of the next token at each position."""
         cache = caches[0] if caches else None
-        out = self.lm(input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None)
+        # A compiled model is left alone by generation with a cache, where every call has another shape.
+        call = self.lm if cache is None else self.lm.forward
+        out = call(input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None)
         auxiliary = getattr(out, "aux_loss", None)
         if self.training and isinstance(auxiliary, Tensor):
             self._router_loss = self.lm.config.router_aux_loss_coef * auxiliary

@@ -70,6 +70,15 @@ class _Drafter:
         return guesses
 
 
+def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
+    """What a token is drawn from once a guess from q was turned down: max(p - q, 0), not normalised (Leviathan, 2.3).
+
+    Where rounding alone sets p apart from q nothing may be left of it; then p is as good.
+    """
+    rest_V = (p_V - q_V).clamp_min(0)
+    return torch.where(rest_V.sum() > 0, rest_V, p_V)
+
+
 @torch.no_grad()
 def generate_speculatively(
     model: Transformer,
@@ -106,7 +115,7 @@ def generate_speculatively(
         accepted = 0
         for p_V, (guess, q_V) in zip(p_TV, guesses, strict=False):
             if torch.rand((), generator=generator, device=p_V.device) * q_V[guess] >= p_V[guess]:
-                rest_V = (p_V - q_V).clamp_min(0)
+                rest_V = residual(p_V, q_V)
                 break
             accepted += 1
             if stop_token is not None and int(guess) == stop_token:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from frugal.errors import UserError
+from frugal.errors import UserError, require
 from frugal.model.config import (
     TransformerConfig,
     count_parameters,
@@ -23,7 +23,7 @@ def read_transformer(path: str) -> TransformerConfig:
     An experiment is an overlay on `configs/base.yaml`, which is looked for in the current folder.
 
     Raises:
-        UserError: no such file or no YAML mapping in it.
+        UserError: no such file, no YAML mapping in it, or an experiment with a model of another class.
         argparse.ArgumentError: a key that does not exist, is missing or has the wrong type.
     """
     from jsonargparse import ArgumentParser
@@ -35,6 +35,10 @@ def read_transformer(path: str) -> TransformerConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"shape: {path} is no YAML ({' '.join(str(error).split())})") from None
     if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
+        kind = str(model.get("class_path") or "LanguageModel").rpartition(".")[2]
+        require(
+            kind == "LanguageModel", f"shape: {path} trains a {kind}; only our own transformer is counted by config"
+        )
         shape = model.get("init_args", model).get("transformer") or {}
         if "d_model" not in shape and (base := Path("configs/base.yaml")).is_file():
             whole = yaml.safe_load(base.read_text(encoding="utf-8"))
