@@ -1,3 +1,5 @@
+import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +143,24 @@ def test_the_marker_inside_a_text_is_text(tmp_path: Path) -> None:
     prepared = prepare(LocalText(str(tmp_path / "a.txt")), TokenizerConfig(300), 0.2, str(tmp_path / "cache"))
     assert prepared.train_bytes + prepared.val_bytes == len(text)
     assert np.flatnonzero(prepared.train == 0).tolist() == [0]
+
+
+def test_a_full_disk_leaves_no_cache(source: LocalText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.save", full)
+        with pytest.raises(UserError, match=r"data\.cache_dir: cannot write .*No space left on device"):
+            prepare(source, TokenizerConfig(300), 0.2, str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(prepare(source, TokenizerConfig(300), 0.2, str(tmp_path / "cache")).train)
+
+
+def test_one_very_long_line(tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "word " * 600_000}) + "\n" + json.dumps({"text": "end"}))
+    prepared = prepare(LocalText(str(tmp_path / "long.jsonl")), TokenizerConfig(300), 0.2, str(tmp_path / "cache"))
+    assert prepared.train_bytes + prepared.val_bytes == 3_000_003
 
 
 def test_a_truncated_cache_is_refused(source: LocalText, tmp_path: Path) -> None:

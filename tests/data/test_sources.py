@@ -83,6 +83,18 @@ def test_hub_text_reads_a_local_dataset(dataset: str) -> None:
     assert HubText(dataset).fingerprint() != HubText(dataset, max_documents=3).fingerprint()
 
 
+def test_hub_text_streams(dataset: str) -> None:
+    assert list(HubText(dataset, max_documents=3, streaming=True).documents()) == ["one", "two"]
+    keys = {HubText(dataset, max_documents=n, streaming=True).fingerprint() for n in (2, 3, 3)}
+    assert len(keys) == 2
+    with pytest.raises(UserError, match=r"no column 'body' but text"):
+        list(HubText(dataset, text_key="body", max_documents=3, streaming=True).documents())
+    with pytest.raises(UserError, match=r"data\.source\.streaming: .*max_documents"):
+        HubText(dataset, streaming=True)
+    with pytest.raises(UserError, match=r"data\.source\.max_documents: must be positive"):
+        HubText(dataset, max_documents=0)
+
+
 def test_hub_text_errors_are_one_line(dataset: str) -> None:
     with pytest.raises(UserError, match="no column 'body' but text"):
         list(HubText(dataset, text_key="body").documents())

@@ -245,6 +245,8 @@ class HubText(Source):
         text_key: column that holds the text.
         revision: commit, tag or branch; set it for a run that can be repeated.
         max_documents: read at most that many.
+        streaming: read the first `max_documents` without downloading the rest. What was read is known by path and
+            revision alone, so set the revision.
     """
 
     def __init__(
@@ -255,7 +257,17 @@ class HubText(Source):
         text_key: str = "text",
         revision: str | None = None,
         max_documents: int | None = None,
+        streaming: bool = False,
     ) -> None:
+        require(
+            max_documents is None or max_documents > 0,
+            f"data.source.max_documents: must be positive, got {max_documents}",
+        )
+        require(
+            not streaming or max_documents is not None,
+            "data.source.streaming: says how much to read by data.source.max_documents; set it",
+        )
+        self.streaming = streaming
         self.path, self.config_name, self.split = path, name, split
         self.text_key, self.revision, self.max_documents = text_key, revision, max_documents
         self._dataset: Any = None
@@ -270,14 +282,19 @@ class HubText(Source):
             import datasets
 
             try:
-                dataset = datasets.load_dataset(self.path, self.config_name, split=self.split, revision=self.revision)
+                dataset = datasets.load_dataset(
+                    self.path, self.config_name, split=self.split, revision=self.revision, streaming=self.streaming
+                )
             except Exception as error:  # the library raises many kinds; each is about what was asked for
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(f"data.source.path: cannot load dataset {self.path!r}: {reason}") from None
-            if self.text_key not in dataset.column_names:
-                columns = ", ".join(dataset.column_names)
+            names = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know them
+            if self.text_key not in names:
+                columns = ", ".join(names)
                 raise UserError(f"data.source.text_key: {self.path!r} has no column {self.text_key!r} but {columns}")
-            if self.max_documents is not None:
+            if self.streaming:
+                dataset = dataset.take(self.max_documents)
+            elif self.max_documents is not None:
                 dataset = dataset.select(range(min(self.max_documents, len(dataset))))
             self._dataset = dataset
         return self._dataset
@@ -288,7 +305,12 @@ class HubText(Source):
             yield from (text for text in batch[self.text_key] if isinstance(text, str) and text.strip())
 
     def fingerprint(self) -> str:
-        """The dataset's own fingerprint and the column."""
+        """The dataset's own fingerprint and the column; for a stream, everything that says what is read."""
+        if self.streaming:
+            if self.revision is None and not Path(self.path).exists():
+                log.warning("data.source: %s is streamed without a revision; a change there is not noticed", self.path)
+            settings = (self.path, self.config_name, self.split, self.revision, self.max_documents, self.text_key)
+            return hashlib.sha256(repr(settings).encode()).hexdigest()
         return hashlib.sha256(f"{self._load()._fingerprint} {self.text_key}".encode()).hexdigest()
 
 
