@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from frugal.errors import UserError
+
+
+def check_starts(key: str, starts: Sequence[int]) -> None:
+    """Refuse a list of stages that does not begin at step 0 and go on in order.
+
+    Raises:
+        UserError: naming the stage below `key`.
+    """
+    for i, (start, before) in enumerate(zip(starts, [-1, *starts], strict=False)):
+        if i == 0 and start != 0:
+            raise UserError(f"{key}[0].start: the first stage starts at step 0, got {start}")
+        if start <= before:
+            raise UserError(f"{key}[{i}].start: {start} does not come after the stage before it ({before})")
 
 
 @dataclass(frozen=True)

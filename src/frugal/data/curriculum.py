@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from frugal.errors import require
+from frugal.schedule import check_starts
 
 Difficulty = Literal["rarity", "compressibility", "length", "level", "random"]
 
@@ -81,16 +82,11 @@ def check_lengths(stages: Sequence[LengthStage], seq_len: int) -> None:
     Raises:
         UserError: naming the stage.
     """
+    check_starts("data.lengths", [stage.start for stage in stages])
     for i, stage in enumerate(stages):
-        key = f"data.lengths[{i}]"
-        require(i > 0 or stage.start == 0, f"{key}.start: the first stage starts at step 0, got {stage.start}")
-        require(
-            i == 0 or stage.start > stages[i - 1].start,
-            f"{key}.start: {stage.start} does not come after the stage before it ({stages[i - 1].start})",
-        )
         require(
             stage.seq_len > 0 and seq_len % stage.seq_len == 0,
-            f"{key}.seq_len: {stage.seq_len} does not divide data.seq_len ({seq_len})",
+            f"data.lengths[{i}].seq_len: {stage.seq_len} does not divide data.seq_len ({seq_len})",
         )
 
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from frugal.errors import UserError, require
+from frugal.schedule import check_starts
 
 BLOCK = 1024  # samples within which the shares hold to one sample
 
@@ -33,13 +34,9 @@ def check_stages(stages: Sequence[MixtureStage], names: Sequence[str]) -> None:
     Raises:
         UserError: naming the stage.
     """
+    check_starts("data.mixture", [stage.start for stage in stages])
     for i, stage in enumerate(stages):
         key = f"data.mixture[{i}]"
-        require(i > 0 or stage.start == 0, f"{key}.start: the first stage starts at step 0, got {stage.start}")
-        require(
-            i == 0 or stage.start > stages[i - 1].start,
-            f"{key}.start: {stage.start} does not come after the stage before it ({stages[i - 1].start})",
-        )
         for name, weight in stage.weights.items():
             require(name in names, f"{key}.weights: no source {name!r}; there are {', '.join(names)}")
             require(weight >= 0, f"{key}.weights: {name} must not be negative, got {weight}")
