@@ -74,3 +74,12 @@ def test_help_needs_no_torch() -> None:
 )
 def test_nested_reports_become_one_line(report: str, line: str) -> None:
     assert line in one_line(report, ["model.a.layers"])
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
+    command = [sys.executable, "-c", "from frugal.cli.verbs import main; main(['count', 'configs/base.yaml'])"]
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root)
+    assert process.stdout and process.stderr
+    process.stdout.close()  # as `| head -0` does
+    assert process.stderr.read() == b"" and process.wait() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -90,4 +91,8 @@ def main(args: list[str] | None = None) -> None:
             parser.print_help()
             return
         config = parser.instantiate_classes(parser.parse_args(arguments))
-        VERBS[config.verb](**{k: v for k, v in config[config.verb].as_dict().items() if k != "config"})
+        try:
+            VERBS[config.verb](**{k: v for k, v in config[config.verb].as_dict().items() if k != "config"})
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader (head, a pager) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

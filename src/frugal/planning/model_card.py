@@ -36,10 +36,11 @@ def read_transformer(path: str) -> TransformerConfig:
         raise UserError(f"shape: {path} is no YAML ({' '.join(str(error).split())})") from None
     if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
         kind = str(model.get("class_path") or "LanguageModel").rpartition(".")[2]
-        require(
-            kind == "LanguageModel", f"shape: {path} trains a {kind}; only our own transformer is counted by config"
-        )
         shape = model.get("init_args", model).get("transformer") or {}
+        require(
+            bool(shape) or kind == "LanguageModel",
+            f"shape: {path} trains a {kind}; only our own transformer is counted by config",
+        )
         if "d_model" not in shape and (base := Path("configs/base.yaml")).is_file():
             whole = yaml.safe_load(base.read_text(encoding="utf-8"))
             shape = _overlaid(whole["model"]["init_args"]["transformer"], shape)

@@ -27,7 +27,9 @@ def export_checkpoint(checkpoint: str, folder: str) -> str:
         UserError: no such checkpoint, a folder in use, or a shape that no Hugging Face architecture computes.
     """
     from transformers import PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model, tokenizer = load_for_inference(checkpoint)
     end = tokenizer.token_to_id(EOT)
     if isinstance(model, HFModel):
