@@ -24,8 +24,9 @@ LLAMA = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
 }
+DROPOUT = {"attention_dropout": 0.1}  # a resumed run must drop the same
 HF = ["--model.class_path", "frugal.training.hugging_face.HuggingFaceModel"]
-FROM_CONFIG = [*HF, "--model.init_args.config", json.dumps(LLAMA)]
+FROM_CONFIG = [*HF, "--model.init_args.config", json.dumps(LLAMA | DROPOUT)]
 
 
 def rows(run: Path) -> list[dict]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from frugal.data.tokenization import EOT
@@ -44,6 +46,7 @@ class HuggingFaceModel(LanguageModel):
         require((config is None) != (path is None), "model: set exactly one of config and path (a transformers model)")
         super().__init__(cast(Any, None), optimizer, schedule, compile)  # its shape is no TransformerConfig
         self.values, self.path, self.load_weights = config, path, load_weights
+        self.seed = torch.initial_seed()
         if config is not None:
             hf_config(config)  # a wrong key is refused before any data is read
         elif path is not None:
@@ -100,7 +103,13 @@ class HuggingFaceModel(LanguageModel):
         return self.hf.flops_per_token(seq_len)
 
     def _nats(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """From the logits, since some architectures scale or cap them."""
+        """From the logits, since some architectures scale or cap them.
+
+        What dropout drops is a function of seed, step, micro-batch and rank, so that a resumed run drops the same.
+        """
+        micro_batch = self._step_positions // max(self._micro_positions, 1)
+        place = (self.trainer.global_step, micro_batch, self.global_rank)
+        torch.manual_seed(np.random.SeedSequence((self.seed, *place)).generate_state(1, np.uint64).item())
         return next_token_nll(self(batch["input_ids"]), batch["labels"]).sum(), None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
