@@ -61,7 +61,7 @@ def generate(
     fresh_BT = prompt_BT
     finished_B = torch.zeros(prompt_BT.shape[0], dtype=torch.bool, device=prompt_BT.device)
     for _ in range(room):
-        logits_BV = model(fresh_BT if caches else ids_BT, caches)[:, -1]
+        logits_BV = model(ids_BT if caches is None else fresh_BT, caches)[:, -1]
         token_B = sample_token(logits_BV, temperature, top_p, generator)
         if stop_token is not None:
             token_B = torch.where(finished_B, stop_token, token_B)

@@ -176,12 +176,14 @@ class HFModel(nn.Module):
             self._router_loss = self.lm.config.router_aux_loss_coef * auxiliary
         return out.logits
 
-    def new_caches(self, batch_size: int, max_len: int) -> list[Any]:
-        """One cache for all layers, which grows by itself; none for types that remember in other ways (Mamba, RWKV)."""
+    def new_caches(self, batch_size: int, max_len: int) -> list[Any] | None:
+        """One cache for all layers, which grows by itself; None for types that remember in other ways (Mamba, RWKV)."""
         from transformers import DynamicCache
 
         cached = "past_key_values" in inspect.signature(self.lm.forward).parameters
-        return [DynamicCache(config=self.lm.config)] if cached else []  # the config names layers with windows or states
+        return (
+            [DynamicCache(config=self.lm.config)] if cached else None
+        )  # the config names layers with windows or states
 
     def take_router_loss(self) -> Tensor | None:
         """The weighted balance loss of the last training call, where `output_router_logits` asks for it."""

@@ -52,7 +52,6 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.mtp = nn.ModuleList(MTPModule(config, k, Block) for k in range(config.n_mtp))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = Linear(config.d_model, config.vocab_size)
         if config.sharing and config.sharing.rank:
@@ -63,8 +62,13 @@ class Transformer(nn.Module):
         cos, sin = rotary_table(config.rotary_dim, config.max_seq_len, attention.rope_theta, attention.rope_scaling)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        if self.embedding.weight.device.type != "meta":
-            init_weights(self)
+        drawn = self.embedding.weight.device.type != "meta"
+        if drawn:
+            init_weights(self, config)
+        # Made and drawn last: with and without them, one seed gives the rest of the model the same weights.
+        self.mtp = nn.ModuleList(MTPModule(config, k, Block) for k in range(config.n_mtp))
+        if drawn:
+            init_weights(self.mtp, config)
 
     def _tie(self) -> None:
         """Make one parameter of those that are the same by the config."""
@@ -152,13 +156,13 @@ class Transformer(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(model: Transformer) -> None:
+def init_weights(model: nn.Module, config: TransformerConfig) -> None:
     """Draw every weight: normal(0, init_std), smaller where a branch joins the residual stream; norms are one.
 
     The factor 1 / sqrt(2 n_layers) on those projections keeps the stream's variance independent of depth (GPT-2).
     """
-    std = model.config.init_std
-    std_out = std / math.sqrt(2 * model.config.n_layers)
+    std = config.init_std
+    std_out = std / math.sqrt(2 * config.n_layers)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
