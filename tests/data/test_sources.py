@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from frugal.data.sources import HubText, KingJames, LocalText
+from frugal.data.documents import as_document
+from frugal.data.sources import ApiDocs, HubText, KingJames, LocalText
 from frugal.errors import UserError
 
 
@@ -101,3 +102,30 @@ def test_hub_text_errors_are_one_line(dataset: str) -> None:
     with pytest.raises(UserError, match=r"data\.source\.path: cannot load dataset") as error:
         list(HubText(dataset + "/missing").documents())
     assert "\n" not in str(error.value)
+
+
+def test_api_docs_are_raw_html() -> None:
+    pytest.importorskip("botocore")
+    source = ApiDocs(["sqs"])
+    texts = [as_document(document).text for document in source.documents()]
+    assert len(texts) > 30 and sum("<p>" in text for text in texts) > 0.5 * len(texts)
+    assert source.fingerprint() != ApiDocs(["sns"]).fingerprint() and source.name == "api-docs/sqs"
+    with pytest.raises(UserError, match=r"services: botocore has no service 'nope'"):
+        ApiDocs(["nope"])
+
+
+def test_bad_lines_are_skipped_when_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(b'{"text": "good"}\n{"text": \n{"text": 3}\n{"text": "\xe9"}\n\n{"text": "fine"}\n')
+    source = LocalText(str(file), bad_lines="skip")
+    assert list(source.documents()) == ["good", "fine"] and "3 bad lines were skipped" in caplog.text
+    with pytest.raises(UserError, match=r"bad\.jsonl:2: no valid JSON"):
+        list(LocalText(str(file)).documents())
+
+
+def test_a_changed_local_stream_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n')
+    stream = HubText(str(tmp_path), streaming=True, max_documents=7)
+    before = stream.fingerprint()
+    (tmp_path / "rows.jsonl").write_text('{"text": "two"}\n')
+    assert stream.fingerprint() != before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -15,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from frugal.callbacks.cost import CostMeter, write_summary
 from frugal.callbacks.routing import RoutingMonitor
 from frugal.callbacks.samples import TextSamples
+from frugal.data.curation.report import TABLE, table
+from frugal.data.curation.stage import REPORT_FILES
 from frugal.tracking.card import print_card
 from frugal.tracking.plots import draw_run
 from frugal.tracking.run_folder import RunFolder
@@ -56,14 +59,21 @@ class RunReport(pl.Callback):
         summary = callbacks[CostMeter].summary(trainer, pl_module)
         summary["router"] = callbacks[RoutingMonitor].last or None
         summary["sample"] = callbacks[TextSamples].last
+        prepared = getattr(trainer.datamodule, "prepared", None)
+        summary["data_seconds_by_stage"] = prepared.meta.get("seconds_by_stage") if prepared else None
         write_summary(folder, summary)
         pictures = draw_run(folder)
+        curation = _copy_curation(trainer, folder)
+        if curation:
+            pictures = pictures | {"data/curation": folder.path / "curation.png"}
         paths = {"run folder": _shown(folder.path)}
         if pictures:
             paths["plots"] = ", ".join(_shown(path) for path in pictures.values())
         for logger in trainer.loggers:
             if isinstance(logger, SafeWandbLogger):
                 logger.log_pictures(pictures)
+                if curation:
+                    logger.log_rows("data/curation_filters", TABLE, table(curation))
                 url = logger.url
                 logger.finish(summary)
                 if url:
@@ -84,6 +94,16 @@ class RunReport(pl.Callback):
                 trainer.global_step,
                 f"--ckpt_path last goes on from step {saved}" if saved else "nothing was saved yet",
             )
+
+
+def _copy_curation(trainer: pl.Trainer, folder: RunFolder) -> dict[str, Any] | None:
+    """Put the report of the corpus' curation, if it had one, into the run's folder."""
+    prepared = getattr(trainer.datamodule, "prepared", None)
+    if prepared is None or not (prepared.folder / "curation.json").is_file():
+        return None
+    for name in REPORT_FILES:
+        shutil.copyfile(prepared.folder / name, folder.path / name)
+    return json.loads((folder.path / "curation.json").read_text(encoding="utf-8"))
 
 
 def _program(name: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from frugal.data.batches import EvaluationSequences, ShardSampler, StepSampler, TimedLoader, TrainingSequences
+from frugal.data.curation.pipeline import CurationConfig
 from frugal.data.curriculum import Curriculum, Difficulty, LengthStage, PacedOrder, check_lengths, difficulties
 from frugal.data.mixture import Mixer, MixtureStage, check_stages
 from frugal.data.packing import Prepared, Split, prepare
@@ -50,6 +51,7 @@ class TextDataModule(pl.LightningDataModule):
         lengths: stages of shorter sequences at as many tokens per batch; null: seq_len throughout.
         transforms: augmentation of the training sequences, in this order; validation is never changed. What they need
             in the vocabulary is added to a newly trained tokenizer.
+        curation: what training documents go through before they become tokens; null: nothing. Validation never does.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class TextDataModule(pl.LightningDataModule):
         curriculum: Curriculum | None = None,
         lengths: list[LengthStage] | None = None,
         transforms: list[TextTransform] | None = None,
+        curation: CurationConfig | None = None,
     ) -> None:
         super().__init__()
         for key, value, least in (
@@ -86,6 +89,7 @@ class TextDataModule(pl.LightningDataModule):
             tokenizer = replace(tokenizer, special_tokens=tuple(dict.fromkeys((*tokenizer.special_tokens, *needed))))
         self.source, self.tokenizer_config, self.val_fraction = source, tokenizer, val_fraction
         self.split: Split = split
+        self.curation = curation
         self.curriculum, self.lengths = curriculum, lengths or []
         check_lengths(self.lengths, seq_len)
         self.part_names = [part.called for part in source.parts()]
@@ -106,12 +110,15 @@ class TextDataModule(pl.LightningDataModule):
             TextTransforms(
                 self.transforms, load_tokenizer(self.tokenizer_config.file), self.seed
             )  # refused before work
-        prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir, self.split)
+        self._prepare()
+
+    def _prepare(self) -> Prepared:
+        return prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir, self.split, self.curation)
 
     def setup(self, stage: str) -> None:
         """Open the prepared corpus."""
         if self.prepared is None:
-            self.prepared = prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir, self.split)
+            self.prepared = self._prepare()
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,9 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
+from frugal.data.cache import new_folder
+from frugal.data.curation.pipeline import CurationConfig
+from frugal.data.curation.stage import REPORT_FILES, curated_parts, curation_seconds
 from frugal.data.documents import Document, as_document, content_hash
 from frugal.data.sources import Source, WeightedSource
 from frugal.data.tokenization import EOT, TokenizerConfig, load_tokenizer, token_byte_lengths, train_tokenizer
@@ -131,8 +133,14 @@ class Prepared:
         return self.meta["val"]["bytes"]
 
 
-def fingerprint(source: Source, tokenizer: TokenizerConfig, val_fraction: float, split: Split = "position") -> str:
-    """Hash of the source's content, the tokenizer's settings and content, the split, and the code's versions."""
+def fingerprint(
+    source: Source,
+    tokenizer: TokenizerConfig,
+    val_fraction: float,
+    split: Split = "position",
+    curation: CurationConfig | None = None,
+) -> str:
+    """Hash of the source's content, the tokenizer's, the split, the filters, and the code's versions."""
     file = tokenizer.file
     parts = {
         "source": source.fingerprint(),
@@ -143,23 +151,34 @@ def fingerprint(source: Source, tokenizer: TokenizerConfig, val_fraction: float,
         "tokenizers": tokenizers.__version__,
         "format": FORMAT_VERSION,
         **({"special_tokens": tokenizer.special_tokens} if tokenizer.special_tokens else {}),
+        **({"curation": curation.fingerprint()} if curation else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def prepare(
-    source: Source, config: TokenizerConfig, val_fraction: float, cache_dir: str, split: Split = "position"
+    source: Source,
+    config: TokenizerConfig,
+    val_fraction: float,
+    cache_dir: str,
+    split: Split = "position",
+    curation: CurationConfig | None = None,
 ) -> Prepared:
-    """Split, train or load the tokenizer, encode; or open the cache of an earlier call.
+    """Split, curate, train or load the tokenizer, encode; or open the cache of an earlier call.
 
-    The cache is written beside its final place and moved there in one step, so that an interrupted preparation
-    leaves nothing that a later run would trust, and two processes do not harm each other.
+    Raises:
+        UserError: there is too little text, the tokenizer does not fit, or the cache cannot be written.
     """
-    key = fingerprint(source, config, val_fraction, split)
+    key = fingerprint(source, config, val_fraction, split, curation)
     folder = Path(cache_dir).expanduser() / key[:16]
     if not (folder / "meta.json").is_file():
         start = time.perf_counter()
         sides = [_split_part(part, val_fraction, split) for part in source.parts()]
+        stages = source.seconds_by_stage()
+        report = None
+        if curation:
+            sides, report = _curate(source, sides, val_fraction, cache_dir, split, curation)
+            stages = stages | {"curation": curation_seconds(report)}
         texts = (document.text for train, _ in sides for document in train)
         tokenizer = load_tokenizer(config.file) if config.file else train_tokenizer(texts, config)
         if tokenizer.get_vocab_size() > config.vocab_size:
@@ -167,26 +186,17 @@ def prepare(
                 f"data.tokenizer.vocab_size: {config.vocab_size} is less than the {tokenizer.get_vocab_size()} tokens "
                 f"of {config.path}"
             )
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        try:
-            temporary.mkdir(parents=True)
+        with new_folder(folder, "meta.json") as temporary:
             meta: dict[str, Any] = {"fingerprint": key, "source": source.name, "val_fraction": val_fraction}
             for name, per_part in zip(("train", "val"), zip(*sides, strict=True), strict=True):
                 meta[name] = _write_tokens(temporary / name, per_part, tokenizer)
             meta["parts"] = [part.called for part in source.parts()]
-            meta["seconds_by_stage"] = source.seconds_by_stage()
+            meta["seconds_by_stage"] = stages
             meta["seconds"] = round(time.perf_counter() - start, 3)
+            for file in REPORT_FILES if report else ():
+                shutil.copyfile(report / file, temporary / file)  # type: ignore[operator]
             _write(temporary / "tokenizer.json", tokenizer.to_str().encode())
             _write(temporary / "meta.json", json.dumps(meta, indent=2).encode())
-            try:
-                temporary.rename(folder)
-            except OSError:
-                if not (folder / "meta.json").is_file():
-                    raise  # otherwise another process was faster: its result is the same
-        except OSError as error:
-            raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         log.info(
             "prepared %s: %s training and %s validation tokens, %.2f bytes per token, %.1f s",
             source.name,
@@ -224,6 +234,22 @@ def prepare(
             )
         )
     return Prepared(train_map, val_map, tuple(parts), tokenizer, meta, folder)
+
+
+def _curate(
+    source: Source,
+    sides: list[tuple[list[Document], list[Document]]],
+    val_fraction: float,
+    cache_dir: str,
+    split: Split,
+    curation: CurationConfig,
+) -> tuple[list[tuple[list[Document], list[Document]]], Path]:
+    """The same sides with curated training documents; validation is only looked at."""
+    key = json.dumps([source.fingerprint(), val_fraction, split])
+    names = [part.called for part in source.parts()]
+    held_out = [document for _, val in sides for document in val]
+    train, report = curated_parts(names, [train for train, _ in sides], held_out, curation, key, cache_dir)
+    return [(own, val) for own, (_, val) in zip(train, sides, strict=True)], report
 
 
 def _split_part(part: WeightedSource, val_fraction: float, split: Split) -> tuple[list[Document], list[Document]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
 import itertools
@@ -11,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from frugal.data.documents import Document, as_document
 from frugal.errors import UserError, require
@@ -152,18 +153,66 @@ class KingJames(Source):
         return _hash_files([self._file()], "chapters without verse numbers")
 
 
+class ApiDocs(Source):
+    """The API documentation inside the `botocore` package: 101,838 documents, 50 MB of raw HTML, much of it twice.
+
+    A document is what is said of one operation or one shape and its members; a corpus as messy as the web's.
+
+    Args:
+        services: only the services with these names, such as `s3`; null: all.
+    """
+
+    def __init__(self, services: list[str] | None = None) -> None:
+        self.services = services
+        folders = {file.parent.parent.name for file in self._all_files()}
+        for service in services or []:
+            require(service in folders, f"data.source.services: botocore has no service {service!r}")
+
+    @property
+    def name(self) -> str:
+        """`api-docs`, with the services if not all."""
+        return "api-docs" + "".join(f"/{service}" for service in self.services or [])
+
+    def _all_files(self) -> list[Path]:
+        spec = importlib.util.find_spec("botocore")
+        folders = list(spec.submodule_search_locations or []) if spec else []
+        files = sorted(Path(folders[0]).glob("data/*/*/service-2.json.gz")) if folders else []
+        if not files:
+            raise UserError("data.source: botocore is missing; run `pip install 'frugal[api-docs]'`")
+        return files
+
+    def _files(self) -> list[Path]:
+        return [file for file in self._all_files() if not self.services or file.parent.parent.name in self.services]
+
+    def documents(self) -> Iterator[str]:
+        """HTML, operations before shapes, services by name."""
+        for file in self._files():
+            service = json.loads(gzip.decompress(file.read_bytes()))
+            for thing in (*service.get("operations", {}).values(), *service.get("shapes", {}).values()):
+                said = [thing.get("documentation")]
+                said += [member.get("documentation") for member in thing.get("members", {}).values()]
+                if text := "\n".join(part for part in said if part):
+                    yield text
+
+    def fingerprint(self) -> str:
+        """Hash of the package's files."""
+        return _hash_files(self._files(), "operations and shapes", [file.parent.parent.name for file in self._files()])
+
+
 class LocalText(Source):
     """Your own text: .txt or .md (one document a file), .jsonl or .parquet (one a row); a file, a folder or a glob.
 
     Args:
         path: file, folder (searched for these suffixes) or glob pattern.
         text_key: field or column that holds the text of a .jsonl or .parquet row.
+        bad_lines: what becomes of a .jsonl line that is no JSON, has no such field or is not UTF-8: refused with its
+            file and number, or skipped, with the number of them said.
     """
 
     SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
-    def __init__(self, path: str, text_key: str = "text") -> None:
-        self.path, self.text_key = path, text_key
+    def __init__(self, path: str, text_key: str = "text", bad_lines: Literal["refuse", "skip"] = "refuse") -> None:
+        self.path, self.text_key, self.bad_lines = path, text_key, bad_lines
 
     @property
     def name(self) -> str:
@@ -200,21 +249,35 @@ class LocalText(Source):
         yield _decode(file.read_bytes(), f"{file}")
 
     def _read_jsonl(self, file: Path) -> Iterator[str]:
+        bad = 0
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(_decode(line, f"{file}:{number}"))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{file}:{number}: no valid JSON ({error.msg}, column {error.colno})") from None
-                if not isinstance(row, dict) or not isinstance(row.get(self.text_key), str):
-                    raise UserError(f"{file}:{number}: no text under {self.text_key!r}; set data.source.text_key")
-                try:
-                    row[self.text_key].encode()
-                except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
-                    raise UserError(f"{file}:{number}: the text has a lone surrogate; remove or replace it") from None
-                yield row[self.text_key]
+                    yield self._read_line(line, f"{file}:{number}")
+                except UserError:
+                    if self.bad_lines == "refuse":
+                        raise
+                    bad += 1
+        if bad:
+            log.warning("data.source.path: %s: %d bad lines were skipped", file, bad)
+
+    def _read_line(self, line: bytes, where: str) -> str:
+        try:
+            row = json.loads(_decode(line, where))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: no valid JSON ({error.msg}, column {error.colno})") from None
+        except RecursionError:
+            raise UserError(f"{where}: JSON nested too deeply") from None
+        if not isinstance(row, dict) or not isinstance(row.get(self.text_key), str):
+            raise UserError(f"{where}: no text under {self.text_key!r}; set data.source.text_key")
+        text: str = row[self.text_key]
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
+            raise UserError(f"{where}: the text has a lone surrogate; remove or replace it") from None
+        return text
 
     def _read_parquet(self, file: Path) -> Iterator[str]:
         import pyarrow as pa
@@ -232,7 +295,8 @@ class LocalText(Source):
 
     def fingerprint(self) -> str:
         """Hash of the files' names and bytes."""
-        return _hash_files(self._files(), self.text_key)
+        settings = [self.text_key] + [self.bad_lines] * (self.bad_lines != "refuse")
+        return _hash_files(self._files(), *settings)
 
 
 class HubText(Source):
@@ -310,7 +374,9 @@ class HubText(Source):
             if self.revision is None and not Path(self.path).exists():
                 log.warning("data.source: %s is streamed without a revision; a change there is not noticed", self.path)
             settings = (self.path, self.config_name, self.split, self.revision, self.max_documents, self.text_key)
-            return hashlib.sha256(repr(settings).encode()).hexdigest()
+            folder = Path(self.path)
+            local = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+            return _hash_files(local, settings)
         return hashlib.sha256(f"{self._load()._fingerprint} {self.text_key}".encode()).hexdigest()
 
 
