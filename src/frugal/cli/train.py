@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from frugal.callbacks.cost import CostMeter
+from frugal.callbacks.diagnostics import Diagnostics
 from frugal.callbacks.expert_bias import ExpertBias
 from frugal.callbacks.freezing import Freezing
 from frugal.callbacks.progress import Progress
@@ -30,6 +31,7 @@ from frugal.tracking.run_folder import RunConfig, RunFolder, folder_of, new_run,
 from frugal.training.checkpointing import BestCheckpoint, LastCheckpoint, SafeCheckpointIO
 from frugal.training.language_model import LanguageModel
 from frugal.training.loggers import MetricsFile, SafeWandbLogger, wandb_mode
+from frugal.training.precision import precision_plugin
 
 log = logging.getLogger(__name__)
 BASE_CONFIG = "configs/base.yaml"
@@ -48,6 +50,7 @@ class FrugalCLI(LightningCLI):
         parser.add_lightning_class_args(Freezing, "freezing")
         parser.add_lightning_class_args(TextSamples, "samples")
         parser.add_lightning_class_args(CostMeter, "cost")
+        parser.add_lightning_class_args(Diagnostics, "diagnostics")
         OPTIONS.update(action.dest for action in parser._actions)
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("data.init_args.tokenizer.vocab_size", "model.init_args.transformer.vocab_size")
@@ -125,7 +128,11 @@ class FrugalCLI(LightningCLI):
                 raise UserError(f"run.root: cannot write {self.run_config.root} ({error.strerror})") from None
         wants_logs = fitting and trainer_config.get("logger") is not False and not trainer_config.get("fast_dev_run")
         kwargs["logger"] = False
-        trainer_config["plugins"] = [*(trainer_config.get("plugins") or []), SafeCheckpointIO()]
+        plugins = [*(trainer_config.get("plugins") or []), SafeCheckpointIO()]
+        if half := precision_plugin(trainer_config.get("precision"), str(trainer_config.get("accelerator") or "auto")):
+            plugins.append(half)
+            trainer_config["precision"] = None  # Lightning takes one or the other
+        trainer_config["plugins"] = plugins
         extra = [WriteConfig(self), RoutingMonitor(), Progress(), BestCheckpoint(), RunReport()]
         trainer_config["callbacks"] = [*(trainer_config.get("callbacks") or []), *(extra if fitting else [Progress()])]
         try:

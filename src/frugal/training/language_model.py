@@ -22,6 +22,7 @@ from frugal.training.compilation import compile_blocks, require_compiler
 from frugal.training.losses import next_token_nll, summed_nll
 from frugal.training.metrics import TextLoss
 from frugal.training.optim import AdamWConfig, build_optimizer
+from frugal.training.precision import ScaledHalf
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
@@ -76,6 +77,8 @@ class LanguageModel(pl.LightningModule):
         self._step_mtp: Tensor | None = None  # nats and valid labels of each module, [n_mtp, 2]
         self._step_positions = 0
         self._micro_positions = 0
+        self.step_nats: Tensor | None = None  # of the last step, over all ranks; on the device, for callbacks
+        self.grad_norm: Tensor | None = None  # before clipping
 
     def configure_model(self) -> None:
         """Build the transformer (Lightning calls this on the right device and precision)."""
@@ -218,6 +221,7 @@ class LanguageModel(pl.LightningModule):
         grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
         torch._foreach_mul_(grads, scale)
         self.log("train/loss", nats / valid, prog_bar=True)
+        self.step_nats = nats
         self._step_nats, self._step_valid, self._step_mtp, self._step_positions = None, None, None, 0
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -238,6 +242,7 @@ class LanguageModel(pl.LightningModule):
         )
         if by_value and gradient_clip_val:
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        self.grad_norm = norm.detach()
         self.log("optim/grad_norm", norm)
         self.log("optim/lr", optimizer.param_groups[0]["lr"])
 
@@ -253,7 +258,8 @@ class LanguageModel(pl.LightningModule):
         total_steps = self.trainer.max_steps
         if total_steps <= 0:
             raise UserError("trainer.max_steps: must be positive; schedules are functions of the step")
-        fused = self.trainer.precision != "16-mixed"
+        # Lightning's own scaler leaves the unscaling to a fused step, too late for clipping; ours does not.
+        fused = self.trainer.precision != "16-mixed" or isinstance(self.trainer.precision_plugin, ScaledHalf)
         optimizer = build_optimizer(self.model, self.optimizer_config, fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

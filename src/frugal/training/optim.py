@@ -52,8 +52,8 @@ def build_optimizer(model: nn.Module, config: AdamWConfig, fused: bool = True) -
     """The optimizer over all parameters of `model`.
 
     Args:
-        fused: one kernel for all parameters. Under float16 with a gradient scaler it must be off: the fused step
-            unscales the gradients itself, too late for clipping.
+        fused: one kernel for all parameters. Under float16 with Lightning's gradient scaler it must be off: the fused
+            step then unscales the gradients itself, too late for clipping (`frugal.training.precision` unscales first).
     """
     groups = parameter_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

@@ -1,0 +1,122 @@
+"""Number formats: float16 with a gradient scaler on every device, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+
+from frugal.errors import UserError
+
+log = logging.getLogger(__name__)
+SUPPORTED = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true")
+# The smallest normal float16; below it numbers lose digits, below 2^-25 they become zero.
+HALF_MIN_NORMAL = 2.0**-14
+
+
+class ScaledHalf(MixedPrecision):
+    """Float16 autocast over float32 weights with a gradient scaler (Micikevicius et al. 2018, arXiv 1710.03740).
+
+    The order of a step: backward on the scaled loss, unscale, the module's own rescale and clipping, then the step,
+    which is skipped if a gradient is not finite, before or after the rescale; then the scale halves. A skipped step
+    counts as a step: its data are consumed and the schedules move on. With a fused optimizer nothing of this waits for
+    the device. `skipped` counts the skipped steps of the run and `skipped_in_a_row` the latest ones; both are in the
+    checkpoint with the scaler's state.
+
+    Args:
+        device: cpu or cuda.
+        init_scale: the first loss scale.
+        growth_interval: steps without an overflow until the scale doubles.
+    """
+
+    def __init__(self, device: str, init_scale: float = 2.0**16, growth_interval: int = 2000) -> None:
+        scaler = torch.amp.GradScaler(device, init_scale=init_scale, growth_interval=growth_interval)
+        super().__init__("16-mixed", device, scaler)
+        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64)
+
+    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+        """Unscale first, whatever the optimizer could do itself: clipping needs the true gradients."""
+        assert self.scaler is not None
+        if closure() is None and model.automatic_optimization:
+            return None
+        self.scaler.unscale_(optimizer)
+        self._after_closure(model, optimizer)
+        found = list(self.scaler._found_inf_per_device(optimizer).values())
+        norm = getattr(model, "grad_norm", None)
+        if norm is not None:
+            for value in found:
+                # Exactly 1: torch's fused optimizers compare with it, and take the step at any other number.
+                value.copy_(torch.maximum(value, (~torch.isfinite(norm)).to(value)))
+        bad = torch.stack([value.to(found[0].device) for value in found]).sum() > 0
+        self.skipped = self.skipped.to(bad.device) + bad
+        self.skipped_in_a_row = (self.skipped_in_a_row.to(bad.device) + 1) * bad
+        # A skipped first step must not read as "the scheduler stepped before the optimizer".
+        optimizer._opt_called = True
+        output = self.scaler.step(optimizer, **kwargs)
+        self.scaler.update()
+        return output
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scaler's state and the counts of skipped steps."""
+        counts = {"skipped": int(self.skipped), "skipped_in_a_row": int(self.skipped_in_a_row)}
+        return {**super().state_dict(), **counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the scale and the counts; how the scale moves stays as this run's config says."""
+        assert self.scaler is not None
+        self.skipped = torch.tensor(state_dict["skipped"])
+        self.skipped_in_a_row = torch.tensor(state_dict["skipped_in_a_row"])
+        ours = self.scaler.state_dict()
+        kept = {key: state_dict[key] for key in ("scale", "_growth_tracker")}
+        super().load_state_dict({**ours, **kept})
+
+
+def precision_plugin(precision: Any, accelerator: str) -> ScaledHalf | None:
+    """The plugin for `trainer.precision`, or None where Lightning's own does what the name says.
+
+    Lightning computes `16-mixed` on a CPU in bfloat16; here it is float16 there too.
+
+    Raises:
+        UserError: a format that cannot train a model well, or not on this device.
+    """
+    name = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}.get(str(precision), precision)
+    if name is None:
+        return None
+    if name == "16-true":
+        raise UserError("trainer.precision: 16-true has no float32 weights to scale for; use 16-mixed or bf16-true")
+    if name not in SUPPORTED:
+        raise UserError(f"trainer.precision: {name} is not supported; use one of {', '.join(SUPPORTED)}")
+    if name != "16-mixed":
+        return None
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"trainer.precision: 16-mixed needs a CPU or a CUDA device, not {accelerator}; use bf16-mixed")
+    device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        log.info("trainer.precision: 16-mixed computes in real float16 on this CPU, with a gradient scaler")
+    return ScaledHalf(device)
+
+
+@torch.no_grad()
+def underflow_shares(grads: Iterable[Tensor], scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Shares of gradient entries that are zero, and that were subnormal in float16 while scaled by `scale`.
+
+    `grads` are unscaled. Rows (of the last dimension) without any gradient are left out: the embedding of a token that
+    did not occur and an expert that had no tokens are no underflow.
+    """
+    totals: Tensor | None = None
+    for grad in grads:
+        rows = grad.detach().abs().reshape(-1, grad.shape[-1] if grad.ndim else 1)
+        here = (rows != 0).any(dim=1, keepdim=True)
+        zero = ((rows == 0) & here).sum()
+        subnormal = ((rows > 0) & (rows * scale < HALF_MIN_NORMAL)).sum()
+        counts = torch.stack((zero, subnormal, here.sum() * rows.shape[1])).double()
+        totals = counts if totals is None else totals + counts
+    if totals is None:
+        return torch.zeros(()), torch.zeros(())
+    zero_share, subnormal_share = (totals[:2] / totals[2].clamp_min(1)).unbind()
+    return zero_share, subnormal_share
