@@ -39,7 +39,7 @@ class ScaledHalf(MixedPrecision):
         self.skipped = torch.zeros((), dtype=torch.int64)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64)
 
-    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:  # type: ignore[override]
         """Unscale first, whatever the optimizer could do itself: clipping needs the true gradients."""
         assert self.scaler is not None
         if closure() is None and model.automatic_optimization:
