@@ -1,6 +1,5 @@
 """Each detector: a run that triggers it and one that does not."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,8 +189,3 @@ def test_broken_parameters_are_named() -> None:
     with torch.no_grad():
         module.bias[1] = float("nan")
     assert broken_parameters(module) == (["bias"], 2)
-
-
-def test_caplog_sees_the_project(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("frugal.callbacks.diagnostics").warning("diagnostics: seen")
-    assert warnings_of(caplog) == ["diagnostics: seen"]

@@ -257,8 +257,8 @@ def test_export_and_evaluation_of_each_precision(train: Train, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_two_processes_skip_together(project: Path) -> None:
-    """One process's overflow is the other's too: the gradients are summed before they are looked at."""
+def test_two_float16_processes_train_as_one(project: Path) -> None:
+    """The same losses up to float16's rounding, with the scaler on."""
     train_py = str(Path(__file__).parents[2] / "train.py")
     folders = []
     for name, args in (

@@ -217,7 +217,7 @@ def test_a_document_of_many_megabytes_on_one_line(tmp_path: Path) -> None:
     assert result.kept == [i for i in result.kept if i < 20] and len(result.kept) > 10
 
 
-def test_judge_is_what_a_cluster_runs() -> None:
+def test_judge_alone() -> None:
     filters = [StripHtml(), Length(10)]
     assert judge(filters, "<p>words enough</p>") == "words enough"
     assert judge(filters, "<p>few</p>") == Drop("too short")
