@@ -213,7 +213,7 @@ class TransformerConfig:
 
     @property
     def n_moe_layers(self) -> int:
-        """Blocks whose feed-forward is a mixture."""
+        """Layers whose feed-forward is a mixture."""
         return max(self.n_layers - self.moe.first_k_dense, 0) if self.moe else 0
 
     @staticmethod

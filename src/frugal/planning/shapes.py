@@ -197,9 +197,11 @@ def shapes_table(rows: list[dict[str, Any]], base: TransformerConfig) -> str:
     heads = ["layers", "d_model", "aspect", "heads", "kv", "d_ff", "d_expert", "params", "active", "applied"]
     heads += ["FLOP/token", "KV B/token", "state", "step", "off"]
     table = [heads]
+    d_expert = base.moe.d_expert if base.moe else None
     for row in rows:
         seconds = row["step_seconds"]
-        is_base = (row["n_layers"], row["d_model"], row["d_ff"]) == (base.n_layers, base.d_model, base.d_ff)
+        mine = (base.n_layers, base.d_model, base.d_ff, d_expert)
+        is_base = (row["n_layers"], row["d_model"], row["d_ff"], row["d_expert"]) == mine
         table.append(
             [
                 f"{row['n_layers']}{'*' if is_base else ''}",
