@@ -113,6 +113,11 @@ SHARED_AND_AHEAD = (
     *("--model.transformer.sharing.rank", "2", "--model.transformer.sharing.own_norms", "true"),
 )
 
+ADAPTIVE = (
+    *("--data.adaptive.by", "rarity", "--data.adaptive.rule", "loss", "--data.adaptive.sharpness", "9"),
+    *("--data.adaptive.every", "2", "--data.adaptive.lead", "2"),
+)
+
 AUGMENTED = """[
   {class_path: frugal.data.transforms.text.FillInTheMiddle, init_args: {probability: {value: 0.5, ramp_in: 6}}},
   {class_path: frugal.data.transforms.rewriting.BpeDropout, init_args: {probability: {value: 0.5, stop: 9}}},
@@ -142,6 +147,7 @@ AUGMENTED = """[
             ("--trainer.accumulate_grad_batches", "2", "--data.num_workers", "1", "--trainer.val_check_interval", "8"),
         ),
         ("step 7", ("--data.transforms", AUGMENTED, "--data.num_workers", "1")),
+        ("step 5", (*ADAPTIVE, "--data.adaptive.lead", "4", "--data.num_workers", "1")),
     ],
     ids=str,
 )
@@ -152,7 +158,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(train: Train, moment: s
     assert len(list(Path("runs/cut").iterdir())) == 1  # the same folder
     assert same_weights(whole, cut)
     assert history(whole) == history(cut)
-    assert read_lines(whole / "expert_load.jsonl") == read_lines(cut / "expert_load.jsonl")
+    for file in ("expert_load.jsonl", "curriculum.jsonl"):
+        assert read_lines(whole / file) == read_lines(cut / file)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, cut)]
     for key in ("tokens_seen", "flops", "global_step", "val_loss"):
         assert summaries[0][key] == summaries[1][key]
@@ -170,7 +177,7 @@ def test_two_processes_do_what_one_does(project: Path) -> None:
     folders = []
     for name, args in (("one", ["--data.batch_size", "8"]), ("two", two)):
         command = [sys.executable, train_py, "fit", "--config", "tiny.yaml", "--run.name", name, *args]
-        command += SHARED_AND_AHEAD
+        command += [*SHARED_AND_AHEAD, *ADAPTIVE]
         subprocess.run(command, check=True, capture_output=True, cwd=project)
         folders.append(next(Path("runs", name).iterdir()))
     states = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for folder in folders]
@@ -179,6 +186,11 @@ def test_two_processes_do_what_one_does(project: Path) -> None:
     for one, other in zip(history(folders[0]), history(folders[1]), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     assert read_lines(folders[0] / "expert_load.jsonl") == read_lines(folders[1] / "expert_load.jsonl")
+    ours, theirs = (read_lines(folder / "curriculum.jsonl") for folder in folders)
+    assert len(ours) == 6 and [row["effective"] for row in ours] == [row["effective"] for row in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["share"] == pytest.approx(other["share"], rel=1e-4)
 
 
 def test_a_resumed_run_obeys_the_config_it_is_given(train: Train) -> None:

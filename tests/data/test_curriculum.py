@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frugal.data.batches import TrainingSequences
-from frugal.data.curriculum import Curriculum, LengthStage, PacedOrder, check_lengths, difficulties, length_at
+from frugal.data.curriculum import Curriculum, LengthStage, PacedOrder, check_lengths, length_at
+from frugal.data.difficulty import difficulties
 from frugal.data.transforms.base import SampleClock
 from frugal.errors import UserError
 
@@ -51,7 +52,7 @@ def test_difficulties_by_hand() -> None:
     noise = [*([7] * 256), *rng.integers(0, 60_000, 256).tolist(), *([7] * 300)]
     low, high = score("compressibility", noise, 256, [0, len(noise)], [-1])[:1], score("rarity", noise, 256, [0], [-1])
     assert low[0] < 0.1 and len(high) == 2
-    with pytest.raises(UserError, match=r"data\.curriculum\.difficulty: level needs a source"):
+    with pytest.raises(UserError, match=r"level needs a source"):
         score("level", tokens, 4, [0, 14], [-1])
 
 

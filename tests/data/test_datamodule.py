@@ -117,14 +117,14 @@ def test_what_making_the_data_took_is_charged(tmp_path: Path) -> None:
 
 
 @PLAIN_OR_AUGMENTED
-def test_two_ranks_see_what_one_sees(tmp_path: Path, options: dict[str, Any]) -> None:
-    one = module(tmp_path, batch_size=4, **options)
-    expected = stream(one)
-    two = module(tmp_path, batch_size=2, **options)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_ranks_see_what_one_sees(tmp_path: Path, options: dict[str, Any], world_size: int) -> None:
+    expected = stream(module(tmp_path, batch_size=4, **options))
+    data = module(tmp_path, batch_size=4 // world_size, **options)
     parts = []
-    for rank in (0, 1):
-        two.trainer = trainer(global_rank=rank, world_size=2)
-        parts.append(stream(two))
+    for rank in range(world_size):
+        data.trainer = trainer(global_rank=rank, world_size=world_size)
+        parts.append(stream(data))
     assert torch.equal(torch.cat(parts, dim=2), expected)
 
 

@@ -59,8 +59,7 @@ class RunReport(pl.Callback):
         summary = callbacks[CostMeter].summary(trainer, pl_module)
         summary["router"] = callbacks[RoutingMonitor].last or None
         summary["sample"] = callbacks[TextSamples].last
-        prepared = getattr(trainer.datamodule, "prepared", None)
-        summary["data_seconds_by_stage"] = prepared.meta.get("seconds_by_stage") if prepared else None
+        summary["data_seconds_by_stage"] = getattr(trainer.datamodule, "seconds_by_stage", None)
         write_summary(folder, summary)
         pictures = draw_run(folder)
         curation = _copy_curation(trainer, folder)

@@ -31,8 +31,12 @@ def prepare(experiment: str, out: str = "plan.png", points: int = 100) -> None:
     data.prepare_data()
     data.setup("fit")
     data.train_dataloader()
-    kind = data.curriculum.difficulty if data.curriculum else "rarity"
-    plan = plan_of(data.training_sequences, data.difficulty_of_sequences(kind), kind, steps, points)
+    if data.adaptive:
+        data.adaptive.assume_unchanged()
+        print("data.adaptive: decided from measured losses as the run goes; drawn are the usual shares")
+    kind, reference = data.wanted_difficulty() or ("rarity", None)
+    plan = plan_of(data.training_sequences, data.difficulty_of_sequences(kind, reference), kind, steps, points)
+    shares = data.adaptive.shares_at(0) if data.adaptive and data.adaptive.bands else {}
     schedule = made.model.schedule
     rates = [schedule.factor(step, steps) for step in plan.steps.tolist()]
     assert data.prepared is not None
@@ -42,6 +46,8 @@ def prepare(experiment: str, out: str = "plan.png", points: int = 100) -> None:
             f"{part.name}: {len(part.train):,} training and {len(part.val):,} validation tokens, "
             f"{first:.0%} of the sequences at first, {last:.0%} at last, {epochs:.2f} epochs"
         )
+    for name, share in shares.items():
+        print(f"{name}: {share:.0%} of the sequences")
     print(
         f"{kind} (median): {plan.difficulty[0, 1]:.4g} at step 0, {plan.difficulty[-1, 1]:.4g} at step "
         f"{plan.steps[-1]}; sequences of {plan.seq_len[0]} tokens at first, {plan.seq_len[-1]} at last"

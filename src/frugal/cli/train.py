@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from frugal.callbacks.cost import CostMeter
+from frugal.callbacks.curriculum import CurriculumMonitor
 from frugal.callbacks.diagnostics import Diagnostics
 from frugal.callbacks.expert_bias import ExpertBias
 from frugal.callbacks.freezing import Freezing
@@ -133,7 +134,8 @@ class FrugalCLI(LightningCLI):
             plugins.append(half)
             trainer_config["precision"] = None  # Lightning takes one or the other
         trainer_config["plugins"] = plugins
-        extra = [WriteConfig(self), RoutingMonitor(), Progress(), BestCheckpoint(), RunReport()]
+        monitors = [RoutingMonitor(), CurriculumMonitor()]
+        extra = [WriteConfig(self), *monitors, Progress(), BestCheckpoint(), RunReport()]
         trainer_config["callbacks"] = [*(trainer_config.get("callbacks") or []), *(extra if fitting else [Progress()])]
         try:
             trainer = super().instantiate_trainer(**kwargs)

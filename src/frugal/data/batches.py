@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from frugal.data.adaptive import Bands
 from frugal.data.curriculum import LengthStage, PacedOrder, length_at
 from frugal.data.mixture import Mixer
 from frugal.data.transforms.base import SampleClock, TextTransforms
@@ -37,6 +38,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         clock: which step sees a sample, for everything that changes with the step.
         paced: a curriculum's order of each part's sequences; none by default.
         lengths: stages of shorter sequences; none by default.
+        bands: what the mixer chooses among, where that is not the parts but bands of the only one.
+        grouped: whether batches say which of the mixer's groups each sequence is from.
     """
 
     def __init__(
@@ -50,8 +53,11 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         clock: SampleClock = SampleClock(),  # noqa: B008 (frozen)
         paced: Sequence[PacedOrder] = (),
         lengths: Sequence[LengthStage] = (),
+        bands: Bands | None = None,
+        grouped: bool = False,
     ) -> None:
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.bands, self.grouped = bands, grouped
         self.transforms, self.clock, self.paced, self.lengths = transforms, clock, list(paced), list(lengths)
         self.parts, self.mixer = list(parts or [(0, len(tokens))]), mixer
         assert mixer is not None or len(self.parts) == 1
@@ -72,6 +78,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     def locate(self, index: int) -> tuple[int, int]:
         """Which part sequence `index` is from, and where it begins in the stream."""
         part, number = self.mixer.locate(index) if self.mixer else (0, index)
+        if self.bands is not None:
+            return 0, self.parts[0][0] + self.bands.sequence(part, number) * self.seq_len
         if self.paced and (drawn := self.paced[part].draw(index, self.clock.at(index))) is not None:
             return part, self.parts[part][0] + drawn * self.seq_len
         epoch, position = divmod(number, self.per_epoch[part])
@@ -88,11 +96,16 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """A whole batch: `input_ids` and `labels` [B, T]; labels[t] follows input_ids[t] unless transforms hide it.
 
-        In a stage of shorter sequences it is [B n, T / n]: as many tokens.
+        In a stage of shorter sequences it is [B n, T / n]: as many tokens. With `grouped`, also `groups` [B].
         """
         batch = self._full_length(indices)
         length = length_at(self.lengths, self.seq_len, self.clock.at(indices[0]))
-        return batch if length == self.seq_len else {name: x.reshape(-1, length) for name, x in batch.items()}
+        if length != self.seq_len:
+            batch = {name: x.reshape(-1, length) for name, x in batch.items()}
+        if self.grouped and self.mixer:
+            groups = torch.tensor([self.mixer.locate(index)[0] for index in indices])
+            batch["groups"] = groups.repeat_interleave(self.seq_len // length)
+        return batch
 
     def _full_length(self, indices: list[int]) -> dict[str, Tensor]:
         if self.transforms is not None:

@@ -1,22 +1,20 @@
 """Which sequences, and how long ones, a run sees at which step: pure functions of the step.
 
-Shape letters: M sequences of a source, T tokens of a sequence.
+Shape letters: M sequences of a source.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from frugal.data.difficulty import Difficulty, Scorer, check_reference
 from frugal.errors import require
 from frugal.schedule import check_starts
-
-Difficulty = Literal["rarity", "compressibility", "length", "level", "random"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +26,14 @@ class Curriculum:
     Args:
         difficulty: rarity is the mean surprise of a sequence's tokens by their frequency (Platanios et al. 2019),
             compressibility its size after zlib, length the mean length of its documents, level the highest level
-            among them (for sources that know one); random is the control: pacing without meaning.
+            among them (for sources that know one), loss what `reference` says; random is the control: pacing without
+            meaning.
         steps: step at which the pool is the whole source.
         start: share of the sequences in the pool at step 0.
         pacing: how the pool grows (Wu et al. 2021, arXiv 2012.03107): linearly; root, fast at first, as the square root
             (the competence of Platanios et al. 2019); step, at `start` until half-way, then whole; exponential.
         reverse: hardest first, the anti-curriculum: a control.
+        reference: the model whose loss is the difficulty; its scoring is charged to the run, its training is not.
     """
 
     difficulty: Difficulty
@@ -41,8 +41,10 @@ class Curriculum:
     start: float = 0.1
     pacing: Literal["linear", "root", "step", "exponential"] = "root"
     reverse: bool = False
+    reference: Scorer | None = None
 
     def __post_init__(self) -> None:
+        check_reference("data.curriculum", self.difficulty, self.reference)
         require(self.steps > 0, f"data.curriculum.steps: must be positive, got {self.steps}")
         require(0 < self.start <= 1, f"data.curriculum.start: must lie in (0, 1], got {self.start}")
 
@@ -93,48 +95,6 @@ def check_lengths(stages: Sequence[LengthStage], seq_len: int) -> None:
 def length_at(stages: Sequence[LengthStage], seq_len: int, step: int) -> int:
     """Tokens per sequence at a step."""
     return next((stage.seq_len for stage in reversed(stages) if stage.start <= step), seq_len)
-
-
-def difficulties(
-    kind: Difficulty,
-    tokens: np.ndarray,
-    seq_len: int,
-    starts: np.ndarray,
-    levels: np.ndarray,
-    counts: np.ndarray,
-    seed: int,
-) -> np.ndarray:
-    """Difficulty of each whole sequence of a source, float64 [M]; higher is harder.
-
-    Args:
-        tokens: the source's training tokens; sequence k begins at token k T.
-        starts: where its documents begin, and the end, [documents + 1].
-        levels: of each document, -1 where unknown.
-        counts: how often each token occurs in the whole training text, [vocabulary].
-        seed: of the random control.
-
-    Raises:
-        UserError: `level` for a source that knows none.
-    """
-    n = (len(tokens) - 1) // seq_len - 1
-    if kind == "random":
-        return np.random.Generator(np.random.Philox(key=[seed, 1 << 62])).random(n)
-    windows = np.asarray(tokens[: n * seq_len]).reshape(n, seq_len)
-    if kind == "rarity":
-        surprise = -np.log(np.maximum(counts, 1) / max(counts.sum(), 1))
-        return surprise[windows].mean(axis=1)
-    if kind == "compressibility":
-        return np.array([len(zlib.compress(window.tobytes(), 6)) / window.nbytes for window in windows])
-    first = np.searchsorted(starts, np.arange(n) * seq_len, side="right") - 1
-    last = np.searchsorted(starts, (np.arange(n) + 1) * seq_len - 1, side="right") - 1
-    if kind == "length":
-        return np.array([np.diff(starts)[a : b + 1].mean() for a, b in zip(first, last, strict=True)])
-    require(
-        bool((levels >= 0).any()),
-        "data.curriculum.difficulty: level needs a source that knows levels (a synthetic one); use rarity, "
-        "compressibility or length",
-    )
-    return np.array([levels[a : b + 1].max() for a, b in zip(first, last, strict=True)], dtype=np.float64)
 
 
 class PacedOrder:

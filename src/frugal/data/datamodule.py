@@ -13,9 +13,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from frugal.data.adaptive import AdaptiveCurriculum, AdaptiveOrder, Bands, check_adaptive
 from frugal.data.batches import EvaluationSequences, ShardSampler, StepSampler, TimedLoader, TrainingSequences
 from frugal.data.curation.pipeline import CurationConfig
-from frugal.data.curriculum import Curriculum, Difficulty, LengthStage, PacedOrder, check_lengths, difficulties
+from frugal.data.curriculum import Curriculum, LengthStage, PacedOrder, check_lengths
+from frugal.data.difficulty import Difficulty, Scorer, difficulty_scores
 from frugal.data.mixture import Mixer, MixtureStage, check_stages
 from frugal.data.packing import Prepared, Split, prepare
 from frugal.data.sources import Source
@@ -24,6 +26,7 @@ from frugal.data.transforms.base import SampleClock, TextTransform, TextTransfor
 from frugal.errors import UserError
 
 log = logging.getLogger(__name__)
+PREFETCH = 2  # batches that each worker reads ahead
 
 
 def _as_is(batch: Any) -> Any:
@@ -49,6 +52,8 @@ class TextDataModule(pl.LightningDataModule):
         cache_dir: folder of prepared corpora.
         curriculum: which sequences are seen at which step; null: all from the start.
         lengths: stages of shorter sequences at as many tokens per batch; null: seq_len throughout.
+        adaptive: how often sources, levels or bands of difficulty are drawn, decided from their measured losses; null:
+            as the mixture says.
         transforms: augmentation of the training sequences, in this order; validation is never changed. What they need
             in the vocabulary is added to a newly trained tokenizer.
         curation: what training documents go through before they become tokens; null: nothing. Validation never does.
@@ -69,6 +74,7 @@ class TextDataModule(pl.LightningDataModule):
         cache_dir: str = ".cache",
         curriculum: Curriculum | None = None,
         lengths: list[LengthStage] | None = None,
+        adaptive: AdaptiveCurriculum | None = None,
         transforms: list[TextTransform] | None = None,
         curation: CurationConfig | None = None,
     ) -> None:
@@ -96,6 +102,11 @@ class TextDataModule(pl.LightningDataModule):
         own = {part.called: part.weight for part in source.parts()}
         self.mixture = mixture or [MixtureStage(0, own)]
         check_stages(self.mixture, self.part_names)
+        self.adaptive_curriculum = adaptive
+        self.adaptive: AdaptiveOrder | None = None  # after setup
+        if adaptive:
+            others = [key for key, value in (("data.curriculum", curriculum), ("data.mixture", mixture)) if value]
+            check_adaptive(adaptive, len(self.part_names), num_workers, PREFETCH, others)
         self._stage_samples: list[int] = []  # first sample of each stage that has begun
         self.seq_len, self.batch_size = seq_len, batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -110,7 +121,7 @@ class TextDataModule(pl.LightningDataModule):
             TextTransforms(
                 self.transforms, load_tokenizer(self.tokenizer_config.file), self.seed
             )  # refused before work
-        self._prepare()
+        self._score(self._prepare())
 
     def _prepare(self) -> Prepared:
         return prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir, self.split, self.curation)
@@ -119,6 +130,8 @@ class TextDataModule(pl.LightningDataModule):
         """Open the prepared corpus."""
         if self.prepared is None:
             self.prepared = self._prepare()
+        if stage == "fit" and self.adaptive_curriculum and self.adaptive is None:
+            self.adaptive = self._adaptive_order(self.adaptive_curriculum)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -138,6 +151,7 @@ class TextDataModule(pl.LightningDataModule):
             collate_fn=_as_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            prefetch_factor=PREFETCH if self.num_workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -167,8 +181,20 @@ class TextDataModule(pl.LightningDataModule):
         clock = SampleClock(self._start_step, self._first_sample, samples_per_step)
         parts = [(part.start, part.start + len(part.train)) for part in self.prepared.parts]
         mixer = self._mixer(samples_per_step) if len(parts) > 1 else None
+        if self.adaptive:
+            mixer = self.adaptive.start(clock, self.trainer.max_steps, self.seed)
         self.training_sequences = TrainingSequences(
-            self.prepared.train, self.seq_len, self.seed, parts, mixer, transforms, clock, self._paced(), self.lengths
+            self.prepared.train,
+            self.seq_len,
+            self.seed,
+            parts,
+            mixer,
+            transforms,
+            clock,
+            self._paced(),
+            self.lengths,
+            self.adaptive.bands if self.adaptive else None,
+            grouped=self.adaptive is not None,
         )
         self.train_loader = self._loader(self.training_sequences, sampler)
         return self.train_loader
@@ -182,17 +208,40 @@ class TextDataModule(pl.LightningDataModule):
         """The curriculum's order of each source's sequences."""
         if self.curriculum is None:
             return []
-        scores = self.difficulty_of_sequences(self.curriculum.difficulty)
+        scores = self.difficulty_of_sequences(self.curriculum.difficulty, self.curriculum.reference)
         return [PacedOrder(self.curriculum, score, self.seed) for score in scores]
 
-    def difficulty_of_sequences(self, kind: Difficulty) -> list[np.ndarray]:
+    def difficulty_of_sequences(self, kind: Difficulty, reference: Scorer | None = None) -> list[np.ndarray]:
         """Difficulty of each source's whole sequences, [M] each (after setup)."""
         assert self.prepared is not None
-        counts = np.bincount(self.prepared.train, minlength=self.tokenizer.get_vocab_size())
-        return [
-            difficulties(kind, part.train, self.seq_len, part.starts, part.levels, counts, self.seed + i)
-            for i, part in enumerate(self.prepared.parts)
-        ]
+        scores, _ = difficulty_scores(self.prepared, kind, self.seq_len, self.seed, reference)
+        return scores
+
+    def _score(self, prepared: Prepared) -> None:
+        """Find the difficulties that the run needs, on one process; the others find them in the cache."""
+        if wanted := self.wanted_difficulty():
+            difficulty_scores(prepared, wanted[0], self.seq_len, self.seed, wanted[1])
+
+    def wanted_difficulty(self) -> tuple[Difficulty, Scorer | None] | None:
+        """Which difficulty the run's curriculum goes by, and by whose opinion; None without one."""
+        if self.curriculum:
+            return self.curriculum.difficulty, self.curriculum.reference
+        if self.adaptive_curriculum and self.adaptive_curriculum.by != "source":
+            return self.adaptive_curriculum.by, self.adaptive_curriculum.reference
+        return None
+
+    def _adaptive_order(self, config: AdaptiveCurriculum) -> AdaptiveOrder:
+        assert self.prepared is not None
+        if config.by == "source":
+            return AdaptiveOrder(config, self.part_names, [part.weight for part in self.prepared.parts], None)
+        (score,) = self.difficulty_of_sequences(config.by, config.reference)
+        bands = Bands(config.by, score, config.bands, self.seed)
+        return AdaptiveOrder(config, bands.names, bands.shares, bands)
+
+    @property
+    def group_names(self) -> list[str]:
+        """What an adaptive curriculum chooses among; empty without one."""
+        return self.adaptive.names if self.adaptive else []
 
     def _mixer(self, samples_per_step: int) -> Mixer:
         """Stages begin at steps; in samples that depends on the batch size, so those that have begun are remembered."""
@@ -222,10 +271,18 @@ class TextDataModule(pl.LightningDataModule):
         return self.val_dataloader()
 
     @property
-    def charged_seconds(self) -> float:
+    def seconds_by_stage(self) -> dict[str, float]:
         """Seconds that making the data took before this run, and that the run is charged (after setup)."""
         assert self.prepared is not None
-        return float(sum(self.prepared.meta.get("seconds_by_stage", {}).values()))
+        stages = dict(self.prepared.meta.get("seconds_by_stage", {}))
+        if wanted := self.wanted_difficulty():
+            _, stages["difficulty"] = difficulty_scores(self.prepared, wanted[0], self.seq_len, self.seed, wanted[1])
+        return stages
+
+    @property
+    def charged_seconds(self) -> float:
+        """Their sum."""
+        return float(sum(self.seconds_by_stage.values()))
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer, so that a checkpoint can be used on its own, and where in the data the run stands."""
@@ -240,6 +297,7 @@ class TextDataModule(pl.LightningDataModule):
             "accumulate_grad_batches": accumulate,
             "seed": self.seed,
             "stage_samples": self._begun(self.trainer.global_step),
+            **({"adaptive": self.adaptive.state_dict()} if self.adaptive else {}),
         }
 
     def _begun(self, step: int) -> list[int]:
@@ -258,5 +316,7 @@ class TextDataModule(pl.LightningDataModule):
             raise UserError(f"seed_everything: the run's order of data belongs to seed {state_dict['seed']}; keep it")
         self._loaded = {key: state_dict[key] for key in ("samples_seen", "accumulate_grad_batches")}
         self._loaded["stage_samples"] = state_dict.get("stage_samples", [])
+        if self.adaptive and "adaptive" in state_dict:
+            self.adaptive.load_state_dict(state_dict["adaptive"])
         if state_dict["fingerprint"] != self.prepared.fingerprint:
             log.warning("the checkpoint was trained on another corpus than data.source gives now")

@@ -74,12 +74,23 @@ class Mixer:
 
     def __init__(self, starts: Sequence[int], weights: Sequence[Sequence[float]], seed: int) -> None:
         assert len(starts) == len(weights) and starts[0] == 0
-        self.starts, self.seed = [int(start) for start in starts], seed
-        self.counts = [apportion(stage, BLOCK) for stage in weights]
+        self.starts: list[int] = []
+        self.counts: list[np.ndarray] = []
+        self.before: list[np.ndarray] = []  # samples of each source before each stage
+        self.seed = seed
         self._order = lru_cache(maxsize=8)(self._draw)
-        self.before = [np.zeros_like(self.counts[0])]  # samples of each source before each stage
-        for stage in range(1, len(starts)):
-            self.before.append(self._drawn(stage - 1, self.starts[stage] - self.starts[stage - 1]))
+        for start, stage in zip(starts, weights, strict=True):
+            self.append(start, stage)
+
+    def append(self, start: int, weights: Sequence[float]) -> None:
+        """Add a stage that begins at sample `start`, after the last one's."""
+        counts = apportion(weights, BLOCK)
+        drawn = (
+            self._drawn(len(self.starts) - 1, int(start) - self.starts[-1]) if self.starts else np.zeros_like(counts)
+        )
+        self.starts.append(int(start))
+        self.counts.append(counts)
+        self.before.append(drawn)
 
     def _draw(self, stage: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Source of each sample of a block, and how many of that source came before it within the block."""

@@ -70,6 +70,11 @@ class RunFolder:
         return self.path / "freezing.jsonl"
 
     @property
+    def curriculum(self) -> Path:
+        """One JSON object per line: each decision of an adaptive curriculum, with the losses behind it."""
+        return self.path / "curriculum.jsonl"
+
+    @property
     def summary(self) -> Path:
         """What the closing card shows, as JSON."""
         return self.path / "summary.json"

@@ -102,7 +102,7 @@ class HuggingFaceModel(LanguageModel):
         """By the rule of 2 N forward and 4 N backward, and causal attention."""
         return self.hf.flops_per_token(seq_len)
 
-    def _nats(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _nats(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
         """From the logits, since some architectures scale or cap them.
 
         What dropout drops is a function of seed, step, micro-batch and rank, so that a resumed run drops the same.
@@ -110,7 +110,8 @@ class HuggingFaceModel(LanguageModel):
         micro_batch = self._step_positions // max(self._micro_positions, 1)
         place = (self.trainer.global_step, micro_batch, self.global_rank)
         torch.manual_seed(np.random.SeedSequence((self.seed, *place)).generate_state(1, np.uint64).item())
-        return next_token_nll(self(batch["input_ids"]), batch["labels"]).sum(), None
+        nll_BT = next_token_nll(self(batch["input_ids"]), batch["labels"])
+        return nll_BT.sum(), None, nll_BT.detach()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the config as JSON text, from which the model can be rebuilt."""

@@ -24,6 +24,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def checkpoint_file(checkpoint: str) -> Path:
+    """The file itself; of a run's folder its best.ckpt, or last.ckpt without validation.
+
+    Raises:
+        UserError: a folder without either.
+    """
+    path = Path(checkpoint)
+    if not path.is_dir():
+        return path
+    for name in ("best", "last"):
+        if (file := path / "checkpoints" / f"{name}.ckpt").is_file():
+            return file
+    raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt in this folder")
+
+
 def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transformer | HFModel, Tokenizer]:
     """Rebuild the model and the tokenizer that a checkpoint holds.
 
@@ -34,14 +49,7 @@ def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transforme
     Raises:
         UserError: no such file, a damaged one, or one without a language model.
     """
-    path = Path(checkpoint)
-    if path.is_dir():
-        found = [
-            file for file in (path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")) if file.is_file()
-        ]
-        if not found:
-            raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt in this folder")
-        path = found[0]
+    path = checkpoint_file(checkpoint)
     content = read_checkpoint(path)
     data = content.get("TextDataModule") or {}
     if not content.keys() & {"transformer", "hugging_face"} or "tokenizer" not in data:

@@ -19,7 +19,7 @@ from frugal.model.hf import from_hf, read_hf_shape
 from frugal.model.transformer import Transformer
 from frugal.schedule import LossWeight, WarmupStableDecay
 from frugal.training.compilation import compile_blocks, require_compiler
-from frugal.training.losses import next_token_nll, summed_nll
+from frugal.training.losses import next_token_nll, sum_and_nll, summed_nll
 from frugal.training.metrics import TextLoss
 from frugal.training.optim import AdamWConfig, build_optimizer
 from frugal.training.precision import ScaledHalf
@@ -75,9 +75,11 @@ class LanguageModel(pl.LightningModule):
         self._step_nats: Tensor | None = None
         self._step_valid: Tensor | None = None
         self._step_mtp: Tensor | None = None  # nats and valid labels of each module, [n_mtp, 2]
+        self._step_groups: Tensor | None = None  # nats and valid labels of an adaptive curriculum's groups, [2, G]
         self._step_positions = 0
         self._micro_positions = 0
         self.step_nats: Tensor | None = None  # of the last step, over all ranks; on the device, for callbacks
+        self.step_groups: Tensor | None = None  # the same of the last step, over all ranks; None without groups
         self.grad_norm: Tensor | None = None  # before clipping
 
     def configure_model(self) -> None:
@@ -147,7 +149,9 @@ class LanguageModel(pl.LightningModule):
         """Loss of one micro-batch of `input_ids` and `labels`, both [B, T]; labels of -100 do not count."""
         labels = batch["labels"]
         assert self.model is not None
-        nats, extra = self._nats(batch)
+        nats, extra, nll_BT = self._nats(batch)
+        if "groups" in batch:
+            self._add_groups(nll_BT, batch)
         if self._step_nats is None or self._step_valid is None:
             self._micro_positions = labels.numel()
             self._step_nats, self._step_valid = torch.zeros_like(nats.detach()), torch.zeros_like(nats.detach())
@@ -161,12 +165,20 @@ class LanguageModel(pl.LightningModule):
             self.log("train/router_loss", router_loss.detach())
         return loss
 
-    def _nats(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Summed loss of one micro-batch in nats, and what multi-token prediction adds to it."""
+    def _nats(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Of one micro-batch: the summed loss in nats, what multi-token prediction adds, each label's loss [B, T]."""
         assert self.model is not None
         hidden, head = self.model.hidden(batch["input_ids"]), self.model.head.weight
-        nats = summed_nll(hidden, head, batch["labels"], self.loss_chunk, fuse=self.compile_blocks)
-        return nats, self._mtp_nats(hidden, batch) if self.config.n_mtp else None
+        nats, nll_BT = sum_and_nll(hidden, head, batch["labels"], self.loss_chunk, fuse=self.compile_blocks)
+        return nats, self._mtp_nats(hidden, batch) if self.config.n_mtp else None, nll_BT
+
+    def _add_groups(self, nll_BT: Tensor, batch: Batch) -> None:
+        """Add up the loss by the group that each sequence is from."""
+        count = len(self.trainer.datamodule.group_names)  # type: ignore[attr-defined]
+        if self._step_groups is None:
+            self._step_groups = nll_BT.new_zeros(2, count)
+        row_sums = torch.stack((nll_BT.sum(dim=1), (batch["labels"] != IGNORE).sum(dim=1).to(nll_BT.dtype)))
+        self._step_groups.index_add_(1, batch["groups"], row_sums)
 
     def _mtp_nats(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The weighted sum of the modules' losses (DeepSeek-V3, eq. 24 and 25)."""
@@ -208,11 +220,13 @@ class LanguageModel(pl.LightningModule):
         assert self._step_nats is not None and self._step_valid is not None and self.model is not None
         loads = [moe.load for moe in self.model.moe_layers().values()]
         mtp = torch.zeros_like(self._step_nats.expand(0)) if self._step_mtp is None else self._step_mtp.flatten()
-        totals = torch.cat([torch.stack((self._step_nats, self._step_valid)), mtp, *loads])
+        groups = mtp.new_zeros(0) if self._step_groups is None else self._step_groups.flatten()
+        totals = torch.cat([torch.stack((self._step_nats, self._step_valid)), mtp, groups, *loads])
         if self.trainer.world_size > 1:
             totals = self.all_reduce_sum(totals)
         nats, valid = totals[0], totals[1]
-        mtp, *loads = totals[2:].split([mtp.numel(), *(len(x) for x in loads)])
+        mtp, groups, *loads = totals[2:].split([mtp.numel(), groups.numel(), *(len(x) for x in loads)])
+        self.step_groups = groups.view(2, -1) if len(groups) else None
         for moe, load in zip(self.model.moe_layers().values(), loads, strict=True):
             moe.load.copy_(load)
         for k, (mtp_nats, mtp_valid) in enumerate(mtp.view(-1, 2), start=1):
@@ -223,6 +237,7 @@ class LanguageModel(pl.LightningModule):
         self.log("train/loss", nats / valid, prog_bar=True)
         self.step_nats = nats
         self._step_nats, self._step_valid, self._step_mtp, self._step_positions = None, None, None, 0
+        self._step_groups = None
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks."""
