@@ -55,15 +55,15 @@ class NearDuplicates(CorpusFilter):
         size = self.bands * self.rows
         parts = [np.empty((0, size), dtype=np.uint32)]
         for first in range(0, len(documents), 1024):
-            # A document shorter than an n-gram is one n-gram of its own.
-            sets = [self._ngrams(document).tolist() for document in documents[first : first + 1024]]
-            matrix = RMinHash.digest_matrix_from_token_hash_sets(sets, size, self.seed)
-            parts.append(np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(sets), size))
+            rows = [self._ngrams(document) for document in documents[first : first + 1024]]
+            ends = np.cumsum([0, *map(len, rows)], dtype=np.uint64)
+            matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(rows), ends, size, self.seed)
+            parts.append(np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(rows), size))
         return np.concatenate(parts)
 
     def _ngrams(self, document: Measured) -> np.ndarray:
-        hashes = document.ngram_hashes(min(self.ngram, max(len(document.plain_words), 1)))
-        return np.unique(hashes)
+        """Repeated ones included: a minimum is the same. A document shorter than an n-gram is one of its own."""
+        return document.ngram_hashes(min(self.ngram, max(len(document.plain_words), 1)))
 
     def verdicts(self, documents: Sequence[Measured], held_out: Sequence[Measured]) -> list[Drop | None]:
         """A near-copy of an earlier document that is kept."""
