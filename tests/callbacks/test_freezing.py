@@ -1,6 +1,7 @@
 """Freezing while training: bit-identical weights, resting moments, accumulation, memory, chosen experts, compile."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from frugal.training.expert_slices import ExpertSlices
 from frugal.training.freezing import ExpertChoice, Importance, Prefix, Window
 from frugal.training.language_model import LanguageModel
 from frugal.training.losses import summed_nll
-from frugal.training.optim import AdamWConfig
 
 CONFIG = TransformerConfig(
     vocab_size=32,
@@ -77,7 +77,7 @@ def fit(
     accumulate: int = 1,
 ) -> tuple[LanguageModel, Spy, pl.Trainer]:
     torch.manual_seed(0)
-    module = LanguageModel(config, AdamWConfig(lr=0.01, weight_decay=0.5), WarmupStableDecay())
+    module = LanguageModel(config, partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5), WarmupStableDecay())
     spy = Spy()
     trainer = pl.Trainer(
         default_root_dir=folder,

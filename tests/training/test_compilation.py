@@ -10,7 +10,6 @@ from frugal.schedule import WarmupStableDecay
 from frugal.training.compilation import compile_blocks, require_compiler
 from frugal.training.language_model import LanguageModel
 from frugal.training.losses import summed_nll
-from frugal.training.optim import AdamWConfig
 
 CONFIG = TransformerConfig(
     vocab_size=32,
@@ -63,7 +62,7 @@ def test_the_module_checks_before_any_data_is_read(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"^model\.compile: "):
-        LanguageModel(CONFIG, AdamWConfig(), WarmupStableDecay(), compile=True)
+        LanguageModel(CONFIG, torch.optim.AdamW, WarmupStableDecay(), compile=True)
 
 
 @pytest.mark.slow

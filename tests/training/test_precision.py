@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from frugal.tracking.run_folder import read_lines
 from frugal.training import losses
 from frugal.training.inference import load_for_inference
 from frugal.training.language_model import LanguageModel
-from frugal.training.optim import AdamWConfig
 from frugal.training.precision import ScaledHalf, precision_plugin, underflow_shares
 
 Train = Callable[..., Path]
@@ -171,7 +171,7 @@ def small() -> Callable[..., tuple[LanguageModel, Any]]:
             max_seq_len=12, init_std=0.3,
         )  # fmt: skip
         torch.manual_seed(0)
-        module = LanguageModel(config, AdamWConfig(lr=0.01), WarmupStableDecay(warmup_steps=0))
+        module = LanguageModel(config, partial(torch.optim.AdamW, lr=0.01), WarmupStableDecay(warmup_steps=0))
         module.configure_model()
         module.train()
         return module, Rows(micro_batch)

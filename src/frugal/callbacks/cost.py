@@ -129,6 +129,8 @@ class CostMeter(pl.Callback):
             self._flops_per_token[key] = pl_module.flops_per_token(shape[1]).training
         self.tokens += tokens
         self.flops += tokens * self._flops_per_token[key]
+        if pl_module.step_complete:
+            self.flops += pl_module.optimizer_flops() * trainer.world_size
         if pl_module.step_complete and trainer.global_step % trainer.log_every_n_steps == 0:
             _synchronize(self.device)
             self._lap("train")

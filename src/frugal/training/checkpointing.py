@@ -12,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from frugal.errors import UserError
+from frugal.training.optim import use_averages
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -45,7 +46,20 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path, map_location)
 
 
-class LastCheckpoint(ModelCheckpoint):
+class _UsableCheckpoint(ModelCheckpoint):
+    """Saves the weights to use, where the optimizer trains others, and finds its files when the folder has moved."""
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        use_averages(trainer.optimizers, True)
+        super()._save_checkpoint(trainer, filepath)
+        use_averages(trainer.optimizers, trainer.validating)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state over although the run's folder may have been moved."""
+        super().load_state_dict(_in_this_folder(state_dict, self.dirpath))
+
+
+class LastCheckpoint(_UsableCheckpoint):
     """Keep `last.ckpt`, the state to go on from: every n steps, after each validation and at the end.
 
     Args:
@@ -71,10 +85,6 @@ class LastCheckpoint(ModelCheckpoint):
                 # resumed run skip it. (Our loggers ignore the second call with the same row.)
                 trainer._logger_connector.update_train_step_metrics()
             super().on_train_batch_end(trainer, *args, **kwargs)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state over although the run's folder may have been moved."""
-        super().load_state_dict(_in_this_folder(state_dict, self.dirpath))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what the validation logged, too."""
@@ -114,7 +124,7 @@ def _in_this_folder(state: dict[str, Any], dirpath: Any) -> dict[str, Any]:
     return state
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(_UsableCheckpoint):
     """Keep `best.ckpt`, the state of the lowest validation loss."""
 
     def __init__(self) -> None:
@@ -126,7 +136,3 @@ class BestCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state over although the run's folder may have been moved."""
-        super().load_state_dict(_in_this_folder(state_dict, self.dirpath))

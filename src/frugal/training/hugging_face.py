@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from frugal.data.tokenization import EOT
@@ -15,7 +16,7 @@ from frugal.model.hf_model import HFModel, hf_config, read_hf_config
 from frugal.schedule import WarmupStableDecay
 from frugal.training.language_model import Batch, LanguageModel, shape_differences
 from frugal.training.losses import next_token_nll
-from frugal.training.optim import AdamWConfig
+from frugal.training.optim import ParameterGroup
 
 
 class HuggingFaceModel(LanguageModel):
@@ -25,26 +26,30 @@ class HuggingFaceModel(LanguageModel):
     loss (config key output_router_logits); expert_bias has no hold on them.
 
     Args:
-        optimizer: AdamW's settings.
+        optimizer: any torch optimizer's class_path and init_args; `frugal.training.muon.Muon` is ours.
         schedule: the learning rate over the steps of the run (trainer.max_steps).
         config: model_type and the fields of its config, for random weights; vocab_size, max_position_embeddings and
             the special tokens follow the data where they are left out.
         path: a local folder as `save_pretrained` or `frugal export` writes it, or a model of the Hub.
+        parameter_groups: parameters with a learning rate or decay of their own.
         load_weights: take the weights from `path` too; false starts that architecture from random weights.
         compile: torch.compile the whole model.
     """
 
     def __init__(
         self,
-        optimizer: AdamWConfig,
+        optimizer: OptimizerCallable,
         schedule: WarmupStableDecay,
         config: dict[str, Any] | None = None,
         path: str | None = None,
         load_weights: bool = True,
         compile: bool = False,
+        parameter_groups: list[ParameterGroup] | None = None,
     ) -> None:
         require((config is None) != (path is None), "model: set exactly one of config and path (a transformers model)")
-        super().__init__(cast(Any, None), optimizer, schedule, compile)  # its shape is no TransformerConfig
+        super().__init__(
+            cast(Any, None), optimizer, schedule, parameter_groups, compile
+        )  # its shape is no TransformerConfig
         self.values, self.path, self.load_weights = config, path, load_weights
         self.seed = torch.initial_seed()
         if config is not None:
@@ -116,6 +121,7 @@ class HuggingFaceModel(LanguageModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the config as JSON text, from which the model can be rebuilt."""
         checkpoint["hugging_face"] = self.hf.values
+        self._save_optimizer_name(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, naming the fields that differ."""
@@ -125,3 +131,4 @@ class HuggingFaceModel(LanguageModel):
         differences = shape_differences(theirs, ours, "model.config")
         if differences:
             raise UserError("ckpt_path: the checkpoint has another shape: " + "; ".join(differences))
+        self._check_optimizer(checkpoint)

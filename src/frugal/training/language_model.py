@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from frugal.data.batches import IGNORE
@@ -21,7 +22,15 @@ from frugal.schedule import LossWeight, WarmupStableDecay
 from frugal.training.compilation import compile_blocks, require_compiler
 from frugal.training.losses import next_token_nll, sum_and_nll, summed_nll
 from frugal.training.metrics import TextLoss
-from frugal.training.optim import AdamWConfig, build_optimizer
+from frugal.training.muon import Muon
+from frugal.training.optim import (
+    ParameterGroup,
+    build_optimizer,
+    check_resumed_optimizer,
+    parameter_groups,
+    settings,
+    use_averages,
+)
 from frugal.training.precision import ScaledHalf
 
 log = logging.getLogger(__name__)
@@ -39,8 +48,9 @@ class LanguageModel(pl.LightningModule):
 
     Args:
         transformer: the model's shape.
-        optimizer: AdamW's settings.
+        optimizer: any torch optimizer's class_path and init_args; `frugal.training.muon.Muon` is ours.
         schedule: the learning rate over the steps of the run (trainer.max_steps).
+        parameter_groups: parameters with a learning rate or decay of their own.
         compile: compile each block with torch.compile (needs a C++ compiler on CPU).
         mtp_loss_weight: weight of multi-token prediction's mean loss, where model.transformer.n_mtp switches it on.
         loss_chunk: positions whose logits exist at once in training; 0 keeps all logits; null chooses by device.
@@ -51,8 +61,9 @@ class LanguageModel(pl.LightningModule):
     def __init__(
         self,
         transformer: TransformerConfig,
-        optimizer: AdamWConfig,
+        optimizer: OptimizerCallable,
         schedule: WarmupStableDecay,
+        parameter_groups: list[ParameterGroup] | None = None,
         compile: bool = False,
         mtp_loss_weight: LossWeight | None = None,
         loss_chunk: int | None = None,
@@ -64,7 +75,10 @@ class LanguageModel(pl.LightningModule):
         if compile and not torch.cuda.is_available():
             require_compiler("cpu")
         self.loss_chunk = loss_chunk
-        self.config, self.optimizer_config, self.schedule, self.init_from = transformer, optimizer, schedule, init_from
+        self.config, self.optimizer, self.schedule, self.init_from = transformer, optimizer, schedule, init_from
+        self.parameter_groups = parameter_groups or []
+        # A setting that the optimizer refuses is refused before any data is read.
+        build_optimizer(optimizer, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
         if init_from is not None:
             self._check_shape(init_from)
         self.mtp_loss_weight = mtp_loss_weight or LossWeight()
@@ -81,6 +95,8 @@ class LanguageModel(pl.LightningModule):
         self.step_nats: Tensor | None = None  # of the last step, over all ranks; on the device, for callbacks
         self.step_groups: Tensor | None = None  # the same of the last step, over all ranks; None without groups
         self.grad_norm: Tensor | None = None  # before clipping
+        self._settings: list[dict[str, Any]] = []  # the optimizer's, of each group, as the config says
+        self._main_group = ""  # the one with the most parameters
 
     def configure_model(self) -> None:
         """Build the transformer (Lightning calls this on the right device and precision)."""
@@ -196,17 +212,20 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Take the optimizer's settings from the config: a checkpoint brings its moments, not its learning rate."""
-        optimizer, scheduler, config = (
-            self.trainer.optimizers[0],
-            self.trainer.lr_scheduler_configs[0],
-            self.optimizer_config,
-        )
+        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
         factor = self.schedule.factor(self.trainer.global_step, self.trainer.max_steps)
-        for group in optimizer.param_groups:
-            decay = config.weight_decay if group["params"][0].ndim >= 2 else 0.0
-            group |= {"betas": config.betas, "eps": config.eps, "weight_decay": decay}
-            group |= {"initial_lr": config.lr, "lr": config.lr * factor}
-        scheduler.scheduler.base_lrs = [config.lr] * len(optimizer.param_groups)
+        for group, ours in zip(self.trainer.optimizers[0].param_groups, self._settings, strict=True):
+            group |= {**ours, "initial_lr": ours["lr"], "lr": ours["lr"] * factor}
+        scheduler.base_lrs = [ours["lr"] for ours in self._settings]
+        use_averages(self.trainer.optimizers, False)
+
+    def on_validation_start(self) -> None:
+        """Evaluate the averaged weights of an optimizer that keeps some."""
+        use_averages(self.trainer.optimizers, True)
+
+    def on_validation_end(self) -> None:
+        """Go on training from where it stood."""
+        use_averages(self.trainer.optimizers, False)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Number the logged rows by the step, also after a resume.
@@ -259,7 +278,10 @@ class LanguageModel(pl.LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         self.grad_norm = norm.detach()
         self.log("optim/grad_norm", norm)
-        self.log("optim/lr", optimizer.param_groups[0]["lr"])
+        rates = {group.get("name", ""): group["lr"] for group in optimizer.param_groups}
+        main = rates.pop(self._main_group)
+        self.log("optim/lr", main)
+        self.log_dict({f"optim/lr/{name}": rate for name, rate in rates.items() if rate != main})
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Clear the experts' loads once an optimizer step has used them (callbacks see them before this)."""
@@ -268,16 +290,30 @@ class LanguageModel(pl.LightningModule):
                 moe.load.zero_()
 
     def configure_optimizers(self) -> Any:
-        """AdamW with the schedule as a function of the step."""
+        """The optimizer over its groups, with the schedule as a function of the step."""
         assert self.model is not None
         total_steps = self.trainer.max_steps
         if total_steps <= 0:
             raise UserError("trainer.max_steps: must be positive; schedules are functions of the step")
-        # Lightning's own scaler leaves the unscaling to a fused step, too late for clipping; ours does not.
-        fused = self.trainer.precision != "16-mixed" or isinstance(self.trainer.precision_plugin, ScaledHalf)
-        optimizer = build_optimizer(self.model, self.optimizer_config, fused)
+        groups = parameter_groups(self.model, self.parameter_groups)
+        self._main_group = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))["name"]
+        optimizer = build_optimizer(self.optimizer, groups)
+        if self.trainer.precision == "16-mixed" and not isinstance(self.trainer.precision_plugin, ScaledHalf):
+            # Lightning's own scaler leaves the unscaling to a fused step, too late for clipping; ours does not.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+            for group in optimizer.param_groups:
+                group["fused"] = False
+        self._settings = settings(optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_end(self) -> None:
+        """Leave the weights to use in the model."""
+        use_averages(self.trainer.optimizers, True)
+
+    def optimizer_flops(self) -> float:
+        """FLOPs of the optimizer's own matrix products in a step, with what trains now."""
+        return sum(float(optimizer.flops()) for optimizer in self.trainer.optimizers if isinstance(optimizer, Muon))
 
     # --- evaluation
 
@@ -322,6 +358,16 @@ class LanguageModel(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the shape as plain types, so that `weights_only=True` loads it and the model can be rebuilt."""
         checkpoint["transformer"] = asdict(self.config)
+        self._save_optimizer_name(checkpoint)
+
+    def _save_optimizer_name(self, checkpoint: dict[str, Any]) -> None:
+        if self._settings:
+            checkpoint["optimizer"] = type(self.trainer.optimizers[0]).__name__
+
+    def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another optimizer's moments."""
+        if self.model is not None and "optimizer" in checkpoint and self.trainer.state.fn == "fit":
+            check_resumed_optimizer(checkpoint, self.optimizer, parameter_groups(self.model, self.parameter_groups))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another shape, naming the keys that differ."""
@@ -340,6 +386,7 @@ class LanguageModel(pl.LightningModule):
                 "ckpt_path: the checkpoint has another shape (its run's config.yaml gives it back): "
                 + "; ".join(differences)
             )
+        self._check_optimizer(checkpoint)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
