@@ -1,10 +1,10 @@
 """Optimizers, each at its own best learning rate: what do they need to reach AdamW's final loss?
 
-    python benchmarks/optimizers.py OUT [--arms adamw muon sgd] [--steps 1400] [--seeds 3] [-- options of train.py]
+    python benchmarks/optimizers.py [--arms adamw muon sgd] [--steps 1400] [--seeds 3] OUT [-- options of train.py]
 
-1. A sweep of the learning rate of each arm at the first seed; a best value at the end of its grid is reported as such.
-2. Each arm at its best rate over all seeds, and at 0.5 and 0.75 of the steps, each with a schedule of its own length (an
-   intermediate loss of a longer run has not decayed). Between the lengths the loss is interpolated over the logarithm
+1. A sweep of the learning rate of each arm at the first seed; a best value at the end of its grid is reported.
+2. Each arm at its best rate over all seeds, and at 0.5 and 0.75 of the steps, each with a schedule of its own length
+   (an intermediate loss of a longer run has not decayed). Between the lengths the loss is interpolated over the logarithm
    of the steps: how many steps reach the loss of AdamW's full run with the same seed, and what share of its FLOPs
    (Muon's orthogonalizations included) and training seconds is that?
 
@@ -15,6 +15,7 @@ started again. Writes OUT/optimizers.md. Seconds mean little on a machine that i
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -52,7 +53,7 @@ def steps_to_reach(target: float, points: list[tuple[int, float]]) -> float | No
     if points[-1][1] > target:
         return None
     first, second = next(
-        (pair for pair in zip(points, points[1:], strict=False) if pair[1][1] <= target), (points[-2], points[-1])
+        (pair for pair in itertools.pairwise(points) if pair[1][1] <= target), (points[-2], points[-1])
     )
     slope = (second[1] - first[1]) / math.log(second[0] / first[0])
     return first[0] * math.exp((target - first[1]) / slope)
