@@ -4,7 +4,7 @@
 
 1. A sweep of the learning rate of each arm at the first seed; a best value at the end of its grid is reported.
 2. Each arm at its best rate over all seeds, and at 0.5 and 0.75 of the steps, each with a schedule of its own length
-   (an intermediate loss of a longer run has not decayed). Between the lengths the loss is interpolated over the logarithm
+   (an intermediate loss of a longer run has not decayed). Between the lengths the loss is interpolated over the log
    of the steps: how many steps reach the loss of AdamW's full run with the same seed, and what share of its FLOPs
    (Muon's orthogonalizations included) and training seconds is that?
 

@@ -1,10 +1,12 @@
 """Shared fixtures: a small text, and a run of `train.py` inside a scratch project."""
 
+import json
 import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,3 +89,65 @@ def train(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
         return max(Path("runs", name).iterdir(), key=lambda path: path.stat().st_mtime_ns)
 
     return run
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def history(folder: Path) -> list[dict]:
+    """The logged rows without what depends on the clock."""
+    from frugal.tracking.run_folder import read_lines
+
+    timed = ("time", "data/wait_fraction", "speed/", "cost/seconds", "cost/joules", "cost/dollars")
+    rows = read_lines(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]
+
+
+@pytest.fixture
+def resumes_exactly(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Path, Path]]:
+    """`resumes_exactly("--key", "value")`: train 12 steps in one go, and cut after the 8th and resumed from the 6th.
+
+    Asserts that both end with the same weights, optimizer state, history and FLOPs; returns both run folders.
+    """
+    import frugal.callbacks.routing as routing
+
+    def last(folder: Path) -> dict[str, Any]:
+        return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+
+    def check(*options: str) -> tuple[Path, Path]:
+        whole = train("fit", "--run.name", "whole", *options)
+        with monkeypatch.context() as patch:
+            step_end = routing.RoutingMonitor.on_train_batch_end
+
+            def stop(self: Any, trainer: Any, *args: Any) -> None:
+                step_end(self, trainer, *args)
+                if trainer.global_step == 8:  # the checkpoint before it is that of step 6
+                    raise Interrupted
+
+            patch.setattr(routing.RoutingMonitor, "on_train_batch_end", stop)
+            with pytest.raises(Interrupted):
+                train("fit", "--run.name", "cut", *options)
+        (folder,) = Path("runs/cut").iterdir()
+        assert last(folder)["global_step"] == 6
+        cut = train("fit", "--run.name", "cut", "--ckpt_path", "last", *options)
+        ours, theirs = last(whole), last(cut)
+        assert same(ours["state_dict"], theirs["state_dict"])
+        assert same(ours["optimizer_states"], theirs["optimizer_states"])
+        assert history(whole) == history(cut)
+        costs = [json.loads((run / "summary.json").read_text())["flops"] for run in (whole, cut)]
+        assert costs[0] == costs[1]
+        return whole, cut
+
+    return check

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import frugal.callbacks.routing as routing
 from frugal.tracking.run_folder import read_lines
 
 Train = Callable[..., Path]
@@ -25,55 +24,14 @@ KINDS = {
 }
 
 
-class Interrupted(BaseException):
-    pass
-
-
 def last(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
 
 
-def history(folder: Path) -> list[dict]:
-    timed = ("time", "data/wait_fraction", "speed/", "cost/seconds", "cost/joules", "cost/dollars")
-    rows = read_lines(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_interrupted_run_goes_on_exactly(train: Train, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    options = [*KINDS[kind], "--model.optimizer.weight_decay", "0.5"]
-    whole = train("fit", "--run.name", "whole", *options)
-    with monkeypatch.context() as patch:
-        step_end = routing.RoutingMonitor.on_train_batch_end
-
-        def stop(self: Any, trainer: Any, *args: Any) -> None:
-            step_end(self, trainer, *args)
-            if trainer.global_step == 8:  # the checkpoint before it is that of step 6
-                raise Interrupted
-
-        patch.setattr(routing.RoutingMonitor, "on_train_batch_end", stop)
-        with pytest.raises(Interrupted):
-            train("fit", "--run.name", "cut", *options)
-    (folder,) = Path("runs/cut").iterdir()
-    assert last(folder)["global_step"] == 6
-    cut = train("fit", "--run.name", "cut", "--ckpt_path", "last", *options)
+def test_an_interrupted_run_goes_on_exactly(resumes_exactly: Callable[..., tuple[Path, Path]], kind: str) -> None:
+    whole, cut = resumes_exactly(*KINDS[kind], "--model.optimizer.weight_decay", "0.5")
     assert read_lines(whole / "freezing.jsonl") == read_lines(cut / "freezing.jsonl")
-    assert history(whole) == history(cut)
-    ours, theirs = last(whole), last(cut)
-    assert same(ours["state_dict"], theirs["state_dict"])
-    assert same(ours["optimizer_states"], theirs["optimizer_states"])
-    costs = [json.loads((run / "summary.json").read_text())["flops"] for run in (whole, cut)]
-    assert costs[0] == costs[1]
 
 
 def test_a_frozen_run_is_billed_for_what_it_computes(train: Train) -> None:

@@ -1,0 +1,96 @@
+"""Every shipped optimizer through train.py: it learns, is what the config says, and resumes exactly."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from frugal.tracking.run_folder import read_lines
+
+Train = Callable[..., Path]
+OPTIMIZERS = {
+    "muon": "Muon",
+    "sgd": "SGD",
+    "adafactor": "Adafactor",
+    "schedule_free": "AdamWScheduleFree",
+    "soap": "SOAP",
+    "ema": "AdamW",
+    "cosine": "AdamW",
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_fragment_trains_and_resumes_exactly(resumes_exactly: Callable[..., tuple[Path, Path]], name: str) -> None:
+    whole, _ = resumes_exactly("--config", f"configs/optim/{name}.yaml")
+    rows = [row for row in read_lines(whole / "metrics.jsonl") if "val/loss" in row]
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"]
+    checkpoint = torch.load(whole / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["optimizer"] == OPTIMIZERS[name]
+
+
+def test_eight_bit_moments_train(train: Train) -> None:
+    pytest.importorskip("torchao")
+    folder = train("fit", "--config", "configs/optim/adamw_8bit.yaml", "--trainer.max_steps", "4")
+    assert json.loads((folder / "summary.json").read_text())["global_step"] == 4
+
+
+@pytest.mark.parametrize("name", ["schedule_free", "ema"])
+def test_a_checkpoint_holds_the_averaged_weights_that_were_validated(train: Train, name: str) -> None:
+    options = ("--config", f"configs/optim/{name}.yaml")
+    folder = train("fit", *options)
+    logged = [row["val/loss"] for row in read_lines(folder / "metrics.jsonl") if "val/loss" in row]
+    train("validate", *options, "--ckpt_path", str(folder / "checkpoints/last.ckpt"))
+    assert json.loads((folder / "validate.json").read_text())["val/loss"] == pytest.approx(logged[-1], rel=1e-6)
+    plain = train("fit", "--run.name", "plain")
+    assert logged != [row["val/loss"] for row in read_lines(plain / "metrics.jsonl") if "val/loss" in row]
+
+
+def refused(train: Train, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        train("fit", *options)
+    (line,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("error:")]
+    assert stopped.value.code == 2
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate: -1.0"),
+        (["--model.optimizer.wieght_decay", "1"], "wieght_decay: there is no such key"),
+        (["--model.optimizer", "frugal.training.muon.Muon", "--model.optimizer.ns_steps", "0"], "Invalid ns_steps: 0"),
+        (["--model.optimizer", "nowhere.Muon"], "nowhere"),
+        (["--model.parameter_groups", '[{"pattern": "*.nothing", "lr_scale": 2}]'], "*.nothing matches no parameter"),
+        (["--model.parameter_groups", '[{"pattern": "norm", "matrix": true}]'], "norm.weight is no matrix"),
+        (["--model.parameter_groups", '[{"pattern": "norm", "lr_scale": -1}]'], "lr_scale must not be negative"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(
+    train: Train, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    assert words in refused(train, capsys, *options)
+
+
+def test_another_optimizers_moments_are_refused(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    train("fit", "--trainer.max_steps", "6")
+    again = ("--ckpt_path", "last")
+    line = refused(train, capsys, *again, "--config", "configs/optim/muon.yaml")
+    assert "trained with AdamW, not Muon" in line
+    groups = ("--model.parameter_groups", '[{"pattern": "embedding", "weight_decay": 0}]')
+    assert "other parameter groups" in refused(train, capsys, *again, *groups)
+
+
+def test_a_group_has_a_rate_and_a_decay_of_its_own(train: Train) -> None:
+    groups = '[{"pattern": "*.router", "lr_scale": 0.5}, {"pattern": "embedding", "weight_decay": 0}]'
+    folder = train("fit", "--model.parameter_groups", groups, "--trainer.log_every_n_steps", "1")
+    rows = read_lines(folder / "metrics.jsonl")
+    for row in rows:
+        if "optim/lr" in row:
+            scaled = row["optim/lr/embeddings and routers of *.router"]
+            assert scaled == pytest.approx(row["optim/lr"] / 2)
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert {group["name"]: group["weight_decay"] for group in state["param_groups"]}[
+        "embeddings and routers of embedding"
+    ] == 0
