@@ -34,7 +34,7 @@ SGD = [
 ]
 # Options of train.py, and the grid of model.optimizer.lr.
 ARMS: dict[str, tuple[list[str], list[float]]] = {
-    "adamw": ([], [1e-3, 2e-3, 4e-3, 8e-3]),
+    "adamw": ([], [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]),
     "muon": ([*MUON, "--model.optimizer.adamw_lr", "4e-3"], [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]),
     "sgd": ([*SGD, "--model.optimizer.weight_decay", "1e-4"], [0.03, 0.1, 0.3, 1.0, 3.0]),
     "adafactor": (["--model.optimizer", "torch.optim.Adafactor"], [5e-3, 1e-2, 2e-2, 4e-2]),

@@ -37,7 +37,7 @@ def test_flops_are_those_that_torch_counts(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
 def test_matrices_move_as_under_torchs_muon_and_the_rest_as_under_adamw(
-    adjust_lr: Any, monkeypatch: pytest.MonkeyPatch
+    adjust_lr: Any,
 ) -> None:
     ours = [nn.Parameter(random(*shape, seed=i)) for i, shape in enumerate([(8, 20), (20, 8), (8, 20), (7,)])]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
@@ -122,5 +122,5 @@ def test_groups_by_default_and_by_pattern() -> None:
     assert all(
         {"lr", "betas", "momentum", "name"} <= set(kept) and "params" not in kept for kept in settings(optimizer)
     )
-    with pytest.raises(UserError, match="nothing matches no parameter; they are named like embedding.weight"):
+    with pytest.raises(UserError, match=r"nothing matches no parameter; they are named like embedding.weight"):
         parameter_groups(model, [ParameterGroup("nothing")])
