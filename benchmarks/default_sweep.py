@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 DEFAULT = {
     "vocab_size": 2048,
@@ -52,7 +53,7 @@ def run(changes: dict) -> dict:
     from frugal.model.config import AttentionConfig, MoEConfig, TransformerConfig, count_parameters, flops_per_token
     from frugal.model.transformer import Transformer
     from frugal.schedule import WarmupStableDecay
-    from frugal.training.optim import AdamWConfig, build_optimizer
+    from frugal.training.optim import build_optimizer, parameter_groups
 
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -75,7 +76,8 @@ def run(changes: dict) -> dict:
     flops = flops_per_token(config, v["seq_len"]).training
     steps = int(v["budget"] / flops / (v["batch_size"] * v["seq_len"]))
     schedule = WarmupStableDecay(int(steps * v["warmup_fraction"]), v["decay_fraction"])
-    optimizer = build_optimizer(model, AdamWConfig(lr=v["lr"], weight_decay=v["weight_decay"]))
+    adamw = partial(torch.optim.AdamW, lr=v["lr"], betas=(0.9, 0.95), weight_decay=v["weight_decay"], fused=True)
+    optimizer = build_optimizer(adamw, parameter_groups(model))
     prepared = prepare(KingJames(), TokenizerConfig(v["vocab_size"]), 0.05, ".cache")
     data = TrainingSequences(prepared.train, v["seq_len"], v["seed"])
     loads = []

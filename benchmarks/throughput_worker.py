@@ -7,6 +7,7 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from benchmarks.contenders import CONTENDERS, shape_for
 
 from frugal.cli.memory import keep_freed_memory
-from frugal.training.optim import AdamWConfig, build_optimizer
+from frugal.training.optim import build_optimizer, parameter_groups
 
 
 def synchronize(device: str) -> None:
@@ -75,7 +76,7 @@ def main() -> None:
         if prepare:
             prepare()
     model.train()
-    optimizer = build_optimizer(model, AdamWConfig(), fused=True)
+    optimizer = build_optimizer(partial(torch.optim.AdamW, fused=True), parameter_groups(model))
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, shape.config.vocab_size, (shape.batch_size, shape.seq_len + 1), generator=generator)
     ids, labels = tokens[:, :-1].to(device), tokens[:, 1:].contiguous().to(device)

@@ -22,13 +22,14 @@ UNKNOWN_KEY = (
 # Lines of a nested report that say nothing about the value itself.
 FRAME = (
     r'[Pp]arser key "|Does not validate|Subtypes:|Errors:|Given value|Problem with given|'
-    r"Expected a <class 'NoneType'>"
+    r"Expected a <class 'NoneType'>|Expected a path but|Expected a dot import path"
 )
+CALLABLE = r"Type typing\.Callable\[.*?\] expects a function or a callable class: "
 
 
 def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
     """Reduce jsonargparse's nested report to `key: what is wrong`, with a suggestion for a misspelt key."""
-    message = message.replace('Parser key "config": ', "")
+    message = re.sub(CALLABLE, "", message.replace('Parser key "config": ', ""))
     keys = [key for key in re.findall(r'[Pp]arser key "([^"]+)"', message) if key != "config"]
     for pattern in UNKNOWN_KEY:
         if found := re.search(pattern, message):
@@ -43,7 +44,9 @@ def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
     if own := [line for line in lines if re.match(r"[a-z_]+(\.[a-z_0-9]+)+: ", line)]:
         return own[0]
     told = [line for line in lines if not re.match(FRAME, line)] or lines
-    text = re.sub(r"<class '([^']+)'>", r"\1", "; ".join(told))
+    text = re.sub(r"<class '([^']+)'>", r"\1", "; ".join(told)).split(". Got value: Namespace(")[0]
+    if "Got value" not in text and (given := re.search(r"Given value: ([^\s{]+?)(?:\. Got|\s|$)", message)):
+        text += f". Got value: {given[1]}"
     return f"{'.'.join(keys)}: {text}" if keys else text
 
 

@@ -17,6 +17,7 @@ from frugal.schedule import WarmupStableDecay
 from frugal.training.language_model import Batch, LanguageModel, shape_differences
 from frugal.training.losses import next_token_nll
 from frugal.training.optim import ParameterGroup
+from frugal.training.spikes import SkipSpikes
 
 
 class HuggingFaceModel(LanguageModel):
@@ -31,9 +32,10 @@ class HuggingFaceModel(LanguageModel):
         config: model_type and the fields of its config, for random weights; vocab_size, max_position_embeddings and
             the special tokens follow the data where they are left out.
         path: a local folder as `save_pretrained` or `frugal export` writes it, or a model of the Hub.
-        parameter_groups: parameters with a learning rate or decay of their own.
         load_weights: take the weights from `path` too; false starts that architecture from random weights.
         compile: torch.compile the whole model.
+        parameter_groups: parameters with a learning rate or decay of their own.
+        skip_spikes: leave out steps whose gradient is far above those before; null takes every step.
     """
 
     def __init__(
@@ -45,11 +47,11 @@ class HuggingFaceModel(LanguageModel):
         load_weights: bool = True,
         compile: bool = False,
         parameter_groups: list[ParameterGroup] | None = None,
+        skip_spikes: SkipSpikes | None = None,
     ) -> None:
         require((config is None) != (path is None), "model: set exactly one of config and path (a transformers model)")
-        super().__init__(
-            cast(Any, None), optimizer, schedule, parameter_groups, compile
-        )  # its shape is no TransformerConfig
+        no_shape = cast(Any, None)  # it is no TransformerConfig
+        super().__init__(no_shape, optimizer, schedule, parameter_groups, compile, skip_spikes=skip_spikes)
         self.values, self.path, self.load_weights = config, path, load_weights
         self.seed = torch.initial_seed()
         if config is not None:
@@ -121,7 +123,7 @@ class HuggingFaceModel(LanguageModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the config as JSON text, from which the model can be rebuilt."""
         checkpoint["hugging_face"] = self.hf.values
-        self._save_optimizer_name(checkpoint)
+        self._save_optimizer(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, naming the fields that differ."""
@@ -131,4 +133,4 @@ class HuggingFaceModel(LanguageModel):
         differences = shape_differences(theirs, ours, "model.config")
         if differences:
             raise UserError("ckpt_path: the checkpoint has another shape: " + "; ".join(differences))
-        self._check_optimizer(checkpoint)
+        self._load_optimizer(checkpoint)

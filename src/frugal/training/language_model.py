@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from frugal.training.optim import (
     use_averages,
 )
 from frugal.training.precision import ScaledHalf
+from frugal.training.spikes import SkipSpikes
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
@@ -56,6 +59,7 @@ class LanguageModel(pl.LightningModule):
         loss_chunk: positions whose logits exist at once in training; 0 keeps all logits; null chooses by device.
         init_from: a local Hugging Face folder of this very shape (`frugal import` writes the config for it), whose
             weights a new run starts from.
+        skip_spikes: leave out steps whose gradient is far above those before; null takes every step.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class LanguageModel(pl.LightningModule):
         mtp_loss_weight: LossWeight | None = None,
         loss_chunk: int | None = None,
         init_from: str | None = None,
+        skip_spikes: SkipSpikes | None = None,
     ) -> None:
         super().__init__()
         if loss_chunk is not None and loss_chunk < 0:
@@ -77,6 +82,9 @@ class LanguageModel(pl.LightningModule):
         self.loss_chunk = loss_chunk
         self.config, self.optimizer, self.schedule, self.init_from = transformer, optimizer, schedule, init_from
         self.parameter_groups = parameter_groups or []
+        self.skip_spikes = skip_spikes
+        self._norms: deque[float] = deque(maxlen=skip_spikes.window if skip_spikes else 0)
+        self.spikes = 0  # steps skipped so far
         # A setting that the optimizer refuses is refused before any data is read.
         build_optimizer(optimizer, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
         if init_from is not None:
@@ -278,10 +286,23 @@ class LanguageModel(pl.LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         self.grad_norm = norm.detach()
         self.log("optim/grad_norm", norm)
+        if self.skip_spikes is not None:
+            self._skip_a_spike(self.skip_spikes, float(norm), parameters)
         rates = {group.get("name", ""): group["lr"] for group in optimizer.param_groups}
         main = rates.pop(self._main_group)
         self.log("optim/lr", main)
         self.log_dict({f"optim/lr/{name}": rate for name, rate in rates.items() if rate != main})
+
+    def _skip_a_spike(self, rule: SkipSpikes, norm: float, parameters: list[Tensor]) -> None:
+        """Without gradients an optimizer leaves weights and moments as they are."""
+        if rule.is_spike(norm, self._norms):
+            self.spikes += 1
+            log.info("step %d: skipped, gradient norm %.3g", self.trainer.global_step, norm)
+            for parameter in parameters:
+                parameter.grad = None
+        if math.isfinite(norm):
+            self._norms.append(norm)
+        self.log("optim/skipped_spikes", float(self.spikes))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Clear the experts' loads once an optimizer step has used them (callbacks see them before this)."""
@@ -358,14 +379,19 @@ class LanguageModel(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the shape as plain types, so that `weights_only=True` loads it and the model can be rebuilt."""
         checkpoint["transformer"] = asdict(self.config)
-        self._save_optimizer_name(checkpoint)
+        self._save_optimizer(checkpoint)
 
-    def _save_optimizer_name(self, checkpoint: dict[str, Any]) -> None:
+    def _save_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """What a resumed run must know beside the optimizer's own state."""
         if self._settings:
             checkpoint["optimizer"] = type(self.trainer.optimizers[0]).__name__
+        checkpoint["spikes"] = {"norms": list(self._norms), "skipped": self.spikes}
 
-    def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with another optimizer's moments."""
+    def _load_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another optimizer's moments; take over what is known of spikes."""
+        if spikes := checkpoint.get("spikes"):
+            self._norms.extend(spikes["norms"])
+            self.spikes = spikes["skipped"]
         if self.model is not None and "optimizer" in checkpoint and self.trainer.state.fn == "fit":
             check_resumed_optimizer(checkpoint, self.optimizer, parameter_groups(self.model, self.parameter_groups))
 
@@ -386,7 +412,7 @@ class LanguageModel(pl.LightningModule):
                 "ckpt_path: the checkpoint has another shape (its run's config.yaml gives it back): "
                 + "; ".join(differences)
             )
-        self._check_optimizer(checkpoint)
+        self._load_optimizer(checkpoint)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
