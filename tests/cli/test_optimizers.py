@@ -62,6 +62,7 @@ def refused(train: Train, capsys: pytest.CaptureFixture[str], *options: str) -> 
         (["--model.optimizer.wieght_decay", "1"], "wieght_decay: there is no such key"),
         (["--model.optimizer", "frugal.training.muon.Muon", "--model.optimizer.ns_steps", "0"], "Invalid ns_steps: 0"),
         (["--model.optimizer", "nowhere.Muon"], "nowhere"),
+        (["--model.optimizer", "torch.optim.SGD", "--trainer.precision", "bf16-true"], "fused SGD is wrong in 16 bits"),
         (["--model.parameter_groups", '[{"pattern": "*.nothing", "lr_scale": 2}]'], "*.nothing matches no parameter"),
         (["--model.parameter_groups", '[{"pattern": "norm", "matrix": true}]'], "norm.weight is no matrix"),
         (["--model.parameter_groups", '[{"pattern": "norm", "lr_scale": -1}]'], "lr_scale must not be negative"),

@@ -340,6 +340,8 @@ class Freezing(pl.Callback):
         """Decisions, a measurement under way, and the optimizer state that rests."""
         if not self.active:
             return {}
+        if self._slices:
+            self._slices.write_back()  # an optimizer that keeps averages has just put them into the slices
         return {
             "decisions": [asdict(decision) for decision in self.decisions],
             "sums": dict(self._sums),

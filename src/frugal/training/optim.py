@@ -112,6 +112,9 @@ def build_optimizer(optimizer: Any, groups: list[dict[str, Any]]) -> torch.optim
         raise UserError(f"model.optimizer: {error}") from None
     for group in built.param_groups:
         group["lr"] *= group.get("lr_scale", 1.0)
+        half_on_cpu = any(p.device.type == "cpu" and p.element_size() < 4 for p in group["params"])
+        if isinstance(built, torch.optim.SGD) and group["fused"] and half_on_cpu:  # seen with torch 2.13
+            raise UserError("model.optimizer.fused: torch's fused SGD is wrong in 16 bits on a CPU; set it to false")
     return built
 
 
