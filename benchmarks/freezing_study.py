@@ -37,6 +37,12 @@ def run(out: Path, name: str, seed: int, options: list[str]) -> dict[str, Any]:
     return json.loads(found[-1].read_text())
 
 
+def own_and_forwarded(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and after `--`: the script's own arguments, and options of train.py."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return argv[:cut], argv[cut + 1 :]
+
+
 def steps_of(options: list[str], experiment: str) -> int:
     """The frozen run's length, from the options, the experiment or the base config."""
     if "--trainer.max_steps" in options:
@@ -64,7 +70,7 @@ def main() -> None:
     parser.add_argument("experiment")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11))
-    ours, options = sys.argv[1:], []
+    ours, options = own_and_forwarded(sys.argv[1:])
     if "--" in ours:  # what follows goes to all runs of train.py
         ours, options = ours[: ours.index("--")], ours[ours.index("--") + 1 :]
     args = parser.parse_args(ours)

@@ -1,6 +1,6 @@
 """Optimizers, each at its own best learning rate: what do they need to reach AdamW's final loss?
 
-    python benchmarks/optimizers.py [--arms adamw muon sgd] [--steps 1400] [--seeds 3] OUT [-- options of train.py]
+    python benchmarks/optimizers.py OUT [--arms adamw muon sgd] [--steps 1400] [--seeds 3] [-- options of train.py]
 
 1. A sweep of the learning rate of each arm at the first seed; a best value at the end of its grid is reported.
 2. Each arm at its best rate over all seeds, and at 0.5 and 0.75 of the steps, each with a schedule of its own length
@@ -18,10 +18,11 @@ import argparse
 import itertools
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-from freezing_study import run, verdict
+from freezing_study import own_and_forwarded, run, verdict
 
 MUON = ["--model.optimizer", "frugal.training.muon.Muon"]
 SGD = [
@@ -65,12 +66,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["adamw", "muon", "sgd"], choices=list(ARMS))
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("options", nargs="*")
-    args = parser.parse_args()
+    argv, forwarded = own_and_forwarded(sys.argv[1:])
+    args = parser.parse_args(argv)
 
     def result(arm: str, lr: float, seed: int, length: float = 1.0) -> dict[str, Any]:
         steps = round(args.steps * length)
-        options = [*ARMS[arm][0], "--model.optimizer.lr", str(lr), *args.options]
+        options = [*ARMS[arm][0], "--model.optimizer.lr", str(lr), *forwarded]
         options += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
         return run(args.out, f"{arm}_{lr:g}_{steps}_{seed}", seed, options)
 

@@ -1,6 +1,6 @@
 """Number formats: is the final loss of each within the seed noise of float32, and what does a step cost?
 
-    python benchmarks/precision.py [--seeds 5] [--steps 1400] [--formats bf16-mixed] OUT [-- options of train.py]
+    python benchmarks/precision.py OUT [--seeds 5] [--steps 1400] [--formats bf16-mixed] [-- options of train.py]
 
 Per seed one run of train.py for 32-true and each format, all else equal. Runs lie in OUT/runs; finished ones are not
 repeated and an interrupted one goes on. Writes OUT/precision.md: the paired differences of the best validation loss
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-from freezing_study import run, verdict
+from freezing_study import own_and_forwarded, run, verdict
 
 
 def main() -> None:
@@ -24,12 +25,12 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["bf16-mixed", "16-mixed", "bf16-true"])
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("options", nargs="*")
-    args = parser.parse_args()
+    argv, forwarded = own_and_forwarded(sys.argv[1:])
+    args = parser.parse_args(argv)
     steps = ["--trainer.max_steps", str(args.steps), "--trainer.val_check_interval", str(args.steps)]
 
     def results(precision: str) -> list[dict[str, Any]]:
-        options = [*steps, "--trainer.precision", precision, *args.options]
+        options = [*steps, "--trainer.precision", precision, *forwarded]
         return [run(args.out, f"{precision}_{args.steps}_{seed}", seed, options) for seed in range(1, args.seeds + 1)]
 
     base = results("32-true")
