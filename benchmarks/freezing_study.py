@@ -71,8 +71,6 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11))
     ours, options = own_and_forwarded(sys.argv[1:])
-    if "--" in ours:  # what follows goes to all runs of train.py
-        ours, options = ours[: ours.index("--")], ours[ours.index("--") + 1 :]
     args = parser.parse_args(ours)
     out = args.out.resolve()
     overlay = ["--config", str(ROOT / "configs" / "experiments" / f"{args.experiment}.yaml")]
