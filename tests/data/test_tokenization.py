@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
@@ -9,10 +9,12 @@ from frugal.data.tokenization import EOT, TokenizerConfig, load_tokenizer, token
 from frugal.errors import UserError
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat\n" * 20, "naïve 🙂🙂 café\n" * 20], TokenizerConfig(300))
+TOKENIZER.encode_special_tokens = True  # as packing does: a marker inside a text is text like any other
 LENGTHS = token_byte_lengths(TOKENIZER)
 
 
 @settings(deadline=None)
+@example(EOT)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_bytes_of_tokens_are_bytes_of_text(text: str) -> None:
     ids = TOKENIZER.encode(text, add_special_tokens=False).ids
