@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from frugal.cli.curate import curate
 from frugal.cli.errors import one_line_errors
 from frugal.cli.model_verbs import count, export, import_, shapes
 from frugal.cli.prepare import prepare
@@ -47,6 +48,7 @@ def generate(
 
 VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
+    "curate": curate,
     "generate": generate,
     "count": count,
     "shapes": shapes,

@@ -50,8 +50,7 @@ def split_documents(
     if total == 0:
         raise UserError("data.source: there is no text in it")
     if split == "hash":
-        limit = int(val_fraction * 2**64)
-        held_out = [int.from_bytes(content_hash(document.text)[:8]) < limit for document in every]
+        held_out = [is_held_out(document.text, val_fraction) for document in every]
         train = [document for document, out in zip(every, held_out, strict=True) if not out]
         val = [document for document, out in zip(every, held_out, strict=True) if out]
     else:
@@ -63,6 +62,11 @@ def split_documents(
             + (f", or data.split position ({len(every)} documents are few for hash)" if split == "hash" else "")
         )
     return train, val
+
+
+def is_held_out(text: str, val_fraction: float) -> bool:
+    """Whether a document falls into validation by the hash of its content."""
+    return int.from_bytes(content_hash(text)[:8]) < int(val_fraction * 2**64)
 
 
 def _split_by_position(
@@ -236,6 +240,11 @@ def prepare(
     return Prepared(train_map, val_map, tuple(parts), tokenizer, meta, folder)
 
 
+def curation_key(source: Source, val_fraction: float, split: Split) -> str:
+    """What the documents to be curated, and those held out, depend on."""
+    return json.dumps([source.fingerprint(), val_fraction, split])
+
+
 def _curate(
     source: Source,
     sides: list[tuple[list[Document], list[Document]]],
@@ -245,7 +254,7 @@ def _curate(
     curation: CurationConfig,
 ) -> tuple[list[tuple[list[Document], list[Document]]], Path]:
     """The same sides with curated training documents; validation is only looked at."""
-    key = json.dumps([source.fingerprint(), val_fraction, split])
+    key = curation_key(source, val_fraction, split)
     names = [part.called for part in source.parts()]
     held_out = [document for _, val in sides for document in val]
     train, report = curated_parts(names, [train for train, _ in sides], held_out, curation, key, cache_dir)

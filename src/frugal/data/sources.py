@@ -219,7 +219,8 @@ class LocalText(Source):
         """The path as given."""
         return self.path
 
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """The files there are, sorted."""
         path = Path(self.path).expanduser()
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix in self.SUFFIXES)
@@ -236,14 +237,18 @@ class LocalText(Source):
 
     def documents(self) -> Iterator[str]:
         """Every non-empty document, files in sorted order."""
+        for file in self.files():
+            yield from self.read(file)
+
+    def read(self, file: Path) -> Iterator[str]:
+        """The non-empty documents of one of the files."""
         readers = {
             ".txt": self._read_text,
             ".md": self._read_text,
             ".jsonl": self._read_jsonl,
             ".parquet": self._read_parquet,
         }
-        for file in self._files():
-            yield from (document for document in readers[file.suffix](file) if document.strip())
+        yield from (document for document in readers[file.suffix](file) if document.strip())
 
     def _read_text(self, file: Path) -> Iterator[str]:
         yield _decode(file.read_bytes(), f"{file}")
@@ -296,7 +301,7 @@ class LocalText(Source):
     def fingerprint(self) -> str:
         """Hash of the files' names and bytes."""
         settings = [self.text_key] + [self.bad_lines] * (self.bad_lines != "refuse")
-        return _hash_files(self._files(), *settings)
+        return _hash_files(self.files(), *settings)
 
 
 class HubText(Source):

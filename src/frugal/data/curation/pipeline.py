@@ -126,7 +126,7 @@ class Account:
             return 0
         if after is not before.text:
             self.changed += 1
-            size = _bytes(after)
+            size = text_bytes(after)
         self.bytes_out += size
         return size
 
@@ -209,7 +209,7 @@ def curate(
             verdicts = one.verdicts(measured, against)
             account.seconds = time.perf_counter() - start
             for document, verdict in zip(current, verdicts, strict=True):
-                account.note(document, _bytes(document.text), verdict or document.text, config.examples)
+                account.note(document, text_bytes(document.text), verdict or document.text, config.examples)
             left = [i for i, verdict in enumerate(verdicts) if verdict is None]
             current, kept, measured = ([x[i] for i in left] for x in (current, kept, measured))  # type: ignore[assignment]
             accounts.append(account)
@@ -225,8 +225,7 @@ def _each_alone(
     documents: Sequence[Document], filters: list[DocumentFilter], config: CurationConfig
 ) -> Iterator[tuple[list[Document | None], list[Account]]]:
     chunks = list(_chunks(documents))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = min(config.processes or cores, len(chunks))
+    processes = min(config.processes or cores(), len(chunks))
     if processes < 2 or sum(len(document.text) for document in documents) < PARALLEL_BYTES:
         yield from ((run_chunk(filters, chunk, config.examples)) for chunk in chunks)
         return
@@ -241,6 +240,11 @@ def _each_alone(
                 "data.curation: a worker process was killed, most likely for want of memory; set "
                 "data.curation.processes to 1"
             ) from None
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _chunks(documents: Sequence[Document]) -> Iterator[list[Document]]:
@@ -268,7 +272,7 @@ def run_chunk(
     clock = time.perf_counter
     for document in documents:
         measured = Measured(document.text)
-        size = _bytes(document.text)
+        size = text_bytes(document.text)
         for one, account in zip(filters, accounts, strict=True):
             start = clock()
             after = one(measured)
@@ -285,7 +289,8 @@ def run_chunk(
     return results, accounts
 
 
-def _bytes(text: str) -> int:
+def text_bytes(text: str) -> int:
+    """Bytes of UTF-8."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
@@ -316,7 +321,7 @@ def measured_groups(documents: Iterable[Document], terms: dict[str, list[str]]) 
     """The groups that each document belongs to, as (kind, name), for the report on coverage."""
     lists = {name: frozenset(word.lower() for word in words) for name, words in terms.items()}
     for document in documents:
-        size = _bytes(document.text)
+        size = text_bytes(document.text)
         band = next((f"under {limit:,} bytes" for limit in (100, 1_000, 10_000, 100_000) if size < limit), "more")
         groups = [("source", document.source), ("length", band)]
         if lists:

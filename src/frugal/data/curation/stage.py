@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from frugal.data.cache import new_folder
-from frugal.data.curation.pipeline import CurationConfig, curate, progress_bar
+from frugal.data.curation.pipeline import Curated, CurationConfig, curate, progress_bar
 from frugal.data.curation.report import build_report, write_report
 from frugal.data.documents import Document
 from frugal.errors import UserError
@@ -44,8 +44,7 @@ def curated_parts(
     Raises:
         UserError: nothing is left of a source.
     """
-    digest = hashlib.sha256(f"{key} {config.fingerprint()}".encode()).hexdigest()
-    folder = Path(cache_dir).expanduser() / f"curated-{digest[:16]}"
+    folder = curated_folder(key, config, cache_dir)
     if not (folder / "documents.parquet").is_file():
         documents = [
             replace(document, source=name) for name, part in zip(names, train, strict=True) for document in part
@@ -53,33 +52,63 @@ def curated_parts(
         part_of = [i for i, part in enumerate(train) for _ in part]
         with progress_bar() as progress:
             curated = curate(documents, held_out, config, progress)
-        report = build_report(documents, curated, config.terms)
-        parts = [part_of[i] for i in curated.kept]
-        for i, name in enumerate(names):
-            if i not in parts:
-                raise UserError(f"data.curation: nothing is left of source {name} ({len(train[i])} documents)")
-        with new_folder(folder, "documents.parquet") as temporary:
-            write_report(report, temporary)
-            columns = {
-                "text": pa.array([document.text for document in curated.documents], pa.large_string()),
-                "level": pa.array([document.level for document in curated.documents], pa.int16()),
-                "part": pa.array(parts, pa.int32()),
-            }
-            pq.write_table(pa.table(columns), temporary / "documents.parquet")
-        log.info(
-            "curated %s of %s documents, %.1f of %.1f MB are kept, %.1f s; see %s",
-            f"{report['documents_out']:,}",
-            f"{report['documents_in']:,}",
-            report["bytes_out"] / 1e6,
-            report["bytes_in"] / 1e6,
-            report["seconds"],
-            folder / "curation.md",
-        )
+        write_curated(folder, names, documents, part_of, curated, config)
     result: list[list[Document]] = [[] for _ in names]
     table = pq.read_table(folder / "documents.parquet")
     for text, level, part in zip(*(table[name].to_pylist() for name in ("text", "level", "part")), strict=True):
         result[part].append(Document(text, names[part], level))
     return result, folder
+
+
+def curated_folder(key: str, config: CurationConfig, cache_dir: str) -> Path:
+    """Where the result lies; the arguments are those of `curated_parts`."""
+    digest = hashlib.sha256(f"{key} {config.fingerprint()}".encode()).hexdigest()
+    return Path(cache_dir).expanduser() / f"curated-{digest[:16]}"
+
+
+def write_curated(
+    folder: Path,
+    names: Sequence[str],
+    documents: Sequence[Document],
+    part_of: Sequence[int],
+    curated: Curated,
+    config: CurationConfig,
+) -> None:
+    """Write the report and what is kept, so that the folder appears whole or not at all.
+
+    Args:
+        folder: of `curated_folder`.
+        names: of the sources.
+        documents: all that were curated, in order.
+        part_of: which source each of them is from.
+        curated: what became of them.
+
+    Raises:
+        UserError: nothing is left of a source, or the folder cannot be written.
+    """
+    report = build_report(documents, curated, config.terms)
+    parts = [part_of[i] for i in curated.kept]
+    left = set(parts)
+    for i, name in enumerate(names):
+        if i not in left:
+            raise UserError(f"data.curation: nothing is left of source {name} ({list(part_of).count(i)} documents)")
+    with new_folder(folder, "documents.parquet") as temporary:
+        write_report(report, temporary)
+        columns = {
+            "text": pa.array([document.text for document in curated.documents], pa.large_string()),
+            "level": pa.array([document.level for document in curated.documents], pa.int16()),
+            "part": pa.array(parts, pa.int32()),
+        }
+        pq.write_table(pa.table(columns), temporary / "documents.parquet")
+    log.info(
+        "curated %s of %s documents, %.1f of %.1f MB are kept, %.1f s; see %s",
+        f"{report['documents_out']:,}",
+        f"{report['documents_in']:,}",
+        report["bytes_out"] / 1e6,
+        report["bytes_in"] / 1e6,
+        report["seconds"],
+        folder / "curation.md",
+    )
 
 
 def curation_seconds(folder: Path) -> float:
