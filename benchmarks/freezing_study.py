@@ -3,16 +3,18 @@
     python benchmarks/freezing_study.py 040_freezing_prefix OUT [--seeds 5] [-- further options of train.py]
 
 Per seed four runs of train.py: frozen, full (unfrozen, as many steps), and unfrozen for as many steps as cost the
-frozen run's FLOPs, and its training seconds. A shorter run's learning rate decays over its own length. Runs lie in
-OUT/runs; finished ones are not repeated and an interrupted one goes on, so the script can be stopped and started again.
-Writes OUT/<experiment>.md: the paired differences of the best validation loss (bits per byte) with a 95% interval. Run
-it on an otherwise idle machine, or the seconds mean little.
+frozen run's FLOPs, and its seconds. Seconds are processor seconds less those of a run of one step, medians over the
+seeds: on a busy machine they move less than those of a clock. A shorter run's learning rate decays over its own length.
+Runs lie in OUT/runs, the full ones under a name that all experiments share; finished ones are not repeated and an
+interrupted one goes on, so the script can be stopped and started again. Writes OUT/<experiment>.md: the paired
+differences of the best validation loss (bits per byte) with a 95% interval.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -27,14 +29,27 @@ T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 
 def run(out: Path, name: str, seed: int, options: list[str]) -> dict[str, Any]:
-    """The summary of a run, which is started or continued only if it has not finished."""
+    """The summary of a run, which is started or continued only if it has not finished.
+
+    `cpu_seconds` are the processor seconds of its process; None for a run that was interrupted.
+    """
     found = sorted((out / "runs" / name).glob("*/summary.json"))
     if not found:
         command = [sys.executable, str(ROOT / "train.py"), "fit", *options, "--run.name", name, "--ckpt_path", "last"]
         command += ["--run.root", str(out / "runs"), "--run.wandb", "disabled", "--seed_everything", str(seed)]
+        fresh = not (out / "runs" / name).exists()
+        before = _children_seconds()
         subprocess.run(command, check=True, cwd=ROOT)
         found = sorted((out / "runs" / name).glob("*/summary.json"))
-    return json.loads(found[-1].read_text())
+        if fresh:
+            (found[-1].parent / "cpu_seconds").write_text(str(_children_seconds() - before))
+    spent = found[-1].parent / "cpu_seconds"
+    return {**json.loads(found[-1].read_text()), "cpu_seconds": float(spent.read_text()) if spent.exists() else None}
+
+
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def own_and_forwarded(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -77,23 +92,30 @@ def main() -> None:
     off = ["--freezing.windows", "null", "--freezing.prefix", "null", "--freezing.importance", "null"]
     off += ["--freezing.experts", "null"]
     steps = steps_of(options, args.experiment)
-    rows = []
-    for seed in range(1, args.seeds + 1):
-        results = {}
-        for arm in ("frozen", "full", "equal FLOPs", "equal seconds"):
-            own = [*overlay, *options]
-            if arm != "frozen":
-                own += off
-            if arm.startswith("equal"):
-                frozen, full = results["frozen"], results["full"]
-                if arm == "equal FLOPs":
-                    share = frozen["flops"] / full["flops"]
-                else:
-                    share = frozen["seconds_by_phase"]["train"] / full["seconds_by_phase"]["train"]
-                own += ["--trainer.max_steps", str(max(1, round(steps * min(share, 1.0))))]
-            results[arm] = run(out, f"{args.experiment}-{arm.replace(' ', '-')}-{seed}", seed, own)
-        rows.append(results)
+    seeds = range(1, args.seeds + 1)
+
+    def arm(name: str, seed: int, share: float = 1.0) -> dict[str, Any]:
+        own = [*overlay, *options, *([] if name == "frozen" else off)]
+        if share < 1:
+            own += ["--trainer.max_steps", str(max(1, round(steps * share)))]
+        run_name = f"full-{steps}" if name == "full" else f"{args.experiment}-{name.replace(' ', '-')}"
+        return run(out, f"{run_name}-{seed}", seed, own)
+
+    rows = [{name: arm(name, seed) for name in ("frozen", "full")} for seed in seeds]
+    start_up = arm("one step", 1, 1 / steps)["cpu_seconds"]
+    ratios = [
+        (row["frozen"]["cpu_seconds"] - start_up) / (row["full"]["cpu_seconds"] - start_up)
+        for row in rows
+        if start_up and all(r["cpu_seconds"] for r in row.values())
+    ]
+    if not ratios:
+        raise SystemExit("no pair of runs went through without an interruption; remove one and start again")
+    for seed, row in zip(seeds, rows, strict=True):
+        row["equal FLOPs"] = arm("equal FLOPs", seed, row["frozen"]["flops"] / row["full"]["flops"])
+        row["equal seconds"] = arm("equal seconds", seed, statistics.median(ratios))
     lines = [f"{args.experiment}: {steps} steps, {len(rows)} seeds; bits per byte, best of each run.", ""]
+    shares = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    lines += [f"Processor seconds of the frozen run over those of the full one, by seed: {shares}.", ""]
     lines += ["| seed | frozen | full | equal FLOPs (steps) | equal seconds (steps) |", "|---|---|---|---|---|"]
     for seed, row in enumerate(rows, start=1):
         cells = [f"{r['val_bits_per_byte']:.4f} ({r['global_step']})" for r in row.values()]

@@ -1,9 +1,10 @@
 """Optimizers, each at its own best learning rate: what do they need to reach AdamW's final loss?
 
-    python benchmarks/optimizers.py OUT [--arms adamw muon sgd] [--steps 1400] [--seeds 3] [-- options of train.py]
+    python benchmarks/optimizers.py OUT [--arms adamw muon sgd] [--rates adamw=4e-3,8e-3] [--steps 1400] [--seeds 3]
+        [-- options of train.py]
 
 1. A sweep of the learning rate of each arm at the first seed; a best value at the end of its grid is reported.
-2. Each arm at its best rate over all seeds, and at 0.5 and 0.75 of the steps, each with a schedule of its own length
+2. Each arm at its best rate over all seeds, and at shorter lengths (--lengths), each with a schedule of its own length
    (an intermediate loss of a longer run has not decayed). Between the lengths the loss is interpolated over the log
    of the steps: how many steps reach the loss of AdamW's full run with the same seed, and what share of its FLOPs
    (Muon's orthogonalizations included) and training seconds is that?
@@ -42,7 +43,6 @@ ARMS: dict[str, tuple[list[str], list[float]]] = {
     "soap": (["--config", "configs/optim/soap.yaml"], [1e-3, 2e-3, 4e-3, 8e-3]),
     "schedule_free": (["--config", "configs/optim/schedule_free.yaml"], [2e-3, 4e-3, 8e-3, 1.6e-2]),
 }
-LENGTHS = (0.5, 0.75, 1.0)
 
 
 def steps_to_reach(target: float, points: list[tuple[int, float]]) -> float | None:
@@ -64,10 +64,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--arms", nargs="+", default=["adamw", "muon", "sgd"], choices=list(ARMS))
+    parser.add_argument("--rates", nargs="*", default=[], help="another grid for an arm: adamw=4e-3,8e-3")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lengths", nargs="+", type=float, default=[0.5, 0.75], help="shares of the steps, besides 1")
     argv, forwarded = own_and_forwarded(sys.argv[1:])
     args = parser.parse_args(argv)
+    rates = {arm: grid for arm, (_, grid) in ARMS.items()}
+    for arm, _, values in (text.partition("=") for text in args.rates):
+        rates[arm] = [float(value) for value in values.split(",")]
 
     def result(arm: str, lr: float, seed: int, length: float = 1.0) -> dict[str, Any]:
         steps = round(args.steps * length)
@@ -78,7 +83,7 @@ def main() -> None:
     lines = ["| arm | learning rate | bits per byte | |", "| --- | --- | --- | --- |"]
     best: dict[str, float] = {}
     for arm in args.arms:
-        grid = ARMS[arm][1]
+        grid = rates[arm]
         losses = {lr: result(arm, lr, 1234)["val_bits_per_byte"] or math.inf for lr in grid}
         best[arm] = min(losses, key=lambda lr: losses[lr])
         for lr in grid:
@@ -100,7 +105,7 @@ def main() -> None:
             continue
         ratios: list[tuple[float, float, float] | None] = []
         for seed, mine, theirs in zip(seeds, full, base, strict=True):
-            runs = [result(arm, best[arm], seed, length) for length in LENGTHS]
+            runs = [result(arm, best[arm], seed, length) for length in (*args.lengths, 1.0)]
             points = [(r["global_step"], r["val_bits_per_byte"]) for r in runs]
             steps = steps_to_reach(theirs["val_bits_per_byte"], points)
             share = steps and steps / mine["global_step"]
