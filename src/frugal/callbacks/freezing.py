@@ -97,6 +97,7 @@ class Freezing(pl.Callback):
         if not self.active:
             return
         self.model = pl_module.model
+        require(pl_module.lora is None, "freezing: model.lora freezes all but its adapters already; use one of both")
         require(isinstance(self.model, Transformer), "freezing: works with our own model, not with one of transformers")
         self.named = dict(self.model.named_parameters(remove_duplicate=False))
         self.names = list(self.named)

@@ -19,10 +19,11 @@ from frugal.model.counts import (
     kv_cache_bytes_per_token,
     state_memory,
 )
-from frugal.model.frozen_counts import Frozen
+from frugal.model.frozen_counts import Adapter, Frozen
 from frugal.model.sharing_config import SharingConfig
 
 __all__ = [
+    "Adapter",
     "AttentionConfig",
     "Counts",
     "Flops",

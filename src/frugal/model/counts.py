@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING
 
-from frugal.model.frozen_counts import Frozen, backward_flops_per_token
+from frugal.model.frozen_counts import Frozen, adapter_flops_per_token, backward_flops_per_token
 
 if TYPE_CHECKING:
     from frugal.model.config import TransformerConfig
@@ -153,7 +153,7 @@ def flops_per_token(config: TransformerConfig, seq_len: int, frozen: Frozen | No
     costs 250 GFLOPs per token at 4,096 tokens, the figure of its authors (Zhao et al. 2025, arXiv 2505.09343, table 2).
 
     Args:
-        frozen: what the step leaves alone; the backward pass then costs only what is left of it.
+        frozen: what the step leaves alone, the backward pass then costs only what is left of it; and adapters.
     """
     attention, d_head = config.attention, config.head_dim
     latent = attention.latent
@@ -169,7 +169,8 @@ def flops_per_token(config: TransformerConfig, seq_len: int, frozen: Frozen | No
     lengths = [max(seq_len - k, 0) for k in range(1, config.n_mtp + 1)]
     mtp = sum(of(1, each, length) * length / seq_len for length in lengths)
     backward = backward_flops_per_token(config, seq_len, frozen) if frozen else (2 * forward, 2 * mtp)
-    return Flops(forward=forward, backward=backward[0], mtp=mtp + backward[1])
+    adapters = adapter_flops_per_token(config, seq_len, frozen) if frozen else (0.0, 0.0)
+    return Flops(forward=forward + adapters[0], backward=backward[0], mtp=mtp + adapters[1] + backward[1])
 
 
 def kv_cache_bytes_per_token(config: TransformerConfig, bytes_per_element: int = 2) -> int:

@@ -7,10 +7,19 @@ its input where anything below trains. Imports neither torch nor the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from frugal.model.config import TransformerConfig
+
+
+class Adapter(NamedTuple):
+    """A trained low-rank product beside a matrix [d_out, d_in], and the module that it is beside."""
+
+    module: str
+    rank: int
+    d_in: int
+    d_out: int
 
 
 @dataclass(frozen=True)
@@ -22,13 +31,15 @@ class Frozen:
             alone means that the look-up passes no gradient on while the head trains the shared weight.
         trained_rows: by layer, the share of its routed rows that go to experts that train; layers that are not listed
             train all or (by name) none.
+        adapters: low-rank products that train in the place of what is frozen.
     """
 
     names: frozenset[str] = frozenset()
     trained_rows: tuple[tuple[int, float], ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.names or self.trained_rows)
+        return bool(self.names or self.trained_rows or self.adapters)
 
 
 class _Walk:
@@ -36,6 +47,7 @@ class _Walk:
 
     def __init__(self, frozen: Frozen) -> None:
         self.frozen, self.flops = frozen, 0.0
+        self.adapters = {adapter.module: adapter.rank for adapter in frozen.adapters}
 
     def trains(self, name: str) -> bool:
         return name not in self.frozen.names
@@ -48,6 +60,9 @@ class _Walk:
             down, up = self.trains(f"{stem}.down"), self.trains(f"{stem}.up")
             self.flops += 2 * d_in * rank * (down + flows) + 2 * rank * d_out * (up + (down or flows))
             trains = trains or down or up
+        if added := self.adapters.get(stem):
+            self.flops += 2 * added * (d_in * (1 + flows) + 2 * d_out)
+            trains = True
         return flows or trains
 
 
@@ -75,6 +90,19 @@ def backward_flops_per_token(config: TransformerConfig, seq_len: int, frozen: Fr
         flows |= walk.trains(f"{stem}.norm.weight")
         walk.linear("head", flows, d, config.vocab_size)
         extra += walk.flops * length / seq_len
+    return main, extra
+
+
+def adapter_flops_per_token(config: TransformerConfig, seq_len: int, frozen: Frozen) -> tuple[float, float]:
+    """FLOPs of one token's forward pass through the adapters; and through those of multi-token prediction."""
+    main = extra = 0.0
+    for adapter in frozen.adapters:
+        flops = 2 * adapter.rank * (adapter.d_in + adapter.d_out)
+        place, number = adapter.module.split(".")[:2]
+        if place == "mtp":
+            extra += flops * max(seq_len - int(number) - 1, 0) / seq_len
+        else:
+            main += flops
     return main, extra
 
 

@@ -212,9 +212,14 @@ class HFModel(nn.Module):
     def flops_per_token(self, seq_len: int) -> Flops:
         """2 N forward with N the active parameters without the input embedding, and causal attention's products.
 
-        Kaplan et al. 2020, section 2.1; heads count as hidden_size wide in all.
+        Kaplan et al. 2020, section 2.1; heads count as hidden_size wide in all. Backward as much for the inputs'
+        gradients, and for the weights' that of the parameters that train.
         """
         config = self.lm.config
         scores = config.num_hidden_layers * 4 * config.hidden_size * (seq_len + 1) / 2
-        forward = 2.0 * self.counts().active_without_input_embedding + scores
-        return Flops(forward=forward, backward=2 * forward)
+        n = self.counts().active_without_input_embedding
+        forward = 2.0 * n + scores
+        trained: float = sum(p.numel() for p in self.lm.parameters() if p.requires_grad)
+        if all(p.requires_grad for p in self.lm.parameters()):
+            trained = n
+        return Flops(forward=forward, backward=2.0 * (n + trained) + 2 * scores)

@@ -15,24 +15,44 @@ from frugal.errors import UserError
 from frugal.training.optim import use_averages
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def checkpoint_file(checkpoint: str) -> Path:
+    """The file itself; of a run's folder its best.ckpt, or last.ckpt without validation.
+
+    Raises:
+        UserError: a folder without either.
+    """
+    path = Path(checkpoint)
+    if not path.is_dir():
+        return path
+    for name in ("best", "last"):
+        if (file := path / "checkpoints" / f"{name}.ckpt").is_file():
+            return file
+    raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt in this folder")
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", key: str = "ckpt_path") -> dict[str, Any]:
     """Load a checkpoint of tensors and plain types; anything else is refused, never executed.
+
+    Args:
+        path: the file.
+        map_location: where its tensors go.
+        key: what a refusal names.
 
     Raises:
         UserError: the file is missing, truncated, no checkpoint, or holds more than tensors and plain types.
     """
     if not Path(path).is_file():
-        raise UserError(f"ckpt_path: no file {path}")
+        raise UserError(f"{key}: no file {path}")
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:  # torch's own advice here is to trust the file; ours is not to
         raise UserError(
-            f"ckpt_path: {path} is no checkpoint, or holds more than tensors and plain values; not loaded"
+            f"{key}: {path} is no checkpoint, or holds more than tensors and plain values; not loaded"
         ) from None
     except Exception:  # a damaged archive fails in many ways
-        raise UserError(f"ckpt_path: {path} is damaged or no checkpoint; use another one of the same run") from None
+        raise UserError(f"{key}: {path} is damaged or no checkpoint; use another one of the same run") from None
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise UserError(f"ckpt_path: {path} is no checkpoint of train.py (it has no `state_dict`)")
+        raise UserError(f"{key}: {path} is no checkpoint of train.py (it has no `state_dict`)")
     return content
 
 

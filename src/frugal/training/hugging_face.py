@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import numpy as np
-import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from frugal.model.counts import Counts, Flops
 from frugal.model.hf_model import HFModel, hf_config, read_hf_config
 from frugal.schedule import WarmupStableDecay
 from frugal.training.language_model import Batch, LanguageModel, shape_differences
+from frugal.training.lora import LoRA
 from frugal.training.losses import next_token_nll
 from frugal.training.optim import ParameterGroup
 from frugal.training.spikes import SkipSpikes
@@ -36,6 +35,7 @@ class HuggingFaceModel(LanguageModel):
         compile: torch.compile the whole model.
         parameter_groups: parameters with a learning rate or decay of their own.
         skip_spikes: leave out steps whose gradient is far above those before; null takes every step.
+        lora: train low-rank adapters on frozen weights; null trains the weights.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class HuggingFaceModel(LanguageModel):
         compile: bool = False,
         parameter_groups: list[ParameterGroup] | None = None,
         skip_spikes: SkipSpikes | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         require((config is None) != (path is None), "model: set exactly one of config and path (a transformers model)")
         no_shape = cast(Any, None)  # it is no TransformerConfig
-        super().__init__(no_shape, optimizer, schedule, parameter_groups, compile, skip_spikes=skip_spikes)
+        super().__init__(no_shape, optimizer, schedule, parameter_groups, compile, skip_spikes=skip_spikes, lora=lora)
         self.values, self.path, self.load_weights = config, path, load_weights
-        self.seed = torch.initial_seed()
         if config is not None:
             hf_config(config)  # a wrong key is refused before any data is read
         elif path is not None:
@@ -87,6 +87,7 @@ class HuggingFaceModel(LanguageModel):
         if self.path is not None and self.load_weights:
             self.hf.load_pretrained(self.path)
         self.hf.require_causal()
+        self._adapt(self.hf)
         if self.compile_blocks:
             self.hf.lm.compile()
 
@@ -110,13 +111,8 @@ class HuggingFaceModel(LanguageModel):
         return self.hf.flops_per_token(seq_len)
 
     def _nats(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
-        """From the logits, since some architectures scale or cap them.
-
-        What dropout drops is a function of seed, step, micro-batch and rank, so that a resumed run drops the same.
-        """
-        micro_batch = self._step_positions // max(self._micro_positions, 1)
-        place = (self.trainer.global_step, micro_batch, self.global_rank)
-        torch.manual_seed(np.random.SeedSequence((self.seed, *place)).generate_state(1, np.uint64).item())
+        """From the logits, since some architectures scale or cap them; their own dropout is on."""
+        self._seed_dropout()
         nll_BT = next_token_nll(self(batch["input_ids"]), batch["labels"])
         return nll_BT.sum(), None, nll_BT.detach()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,8 @@ from frugal.model.generation import generate
 from frugal.model.hf_model import HFModel
 from frugal.model.speculative import generate_speculatively
 from frugal.model.transformer import Transformer
-from frugal.training.checkpointing import read_checkpoint
+from frugal.training.checkpointing import checkpoint_file, read_checkpoint
+from frugal.training.lora import is_transposed, plain_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,23 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def checkpoint_file(checkpoint: str) -> Path:
-    """The file itself; of a run's folder its best.ckpt, or last.ckpt without validation.
-
-    Raises:
-        UserError: a folder without either.
-    """
-    path = Path(checkpoint)
-    if not path.is_dir():
-        return path
-    for name in ("best", "last"):
-        if (file := path / "checkpoints" / f"{name}.ckpt").is_file():
-            return file
-    raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt in this folder")
-
-
 def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transformer | HFModel, Tokenizer]:
-    """Rebuild the model and the tokenizer that a checkpoint holds.
+    """Rebuild the model, adapters merged in, and the tokenizer that a checkpoint holds.
 
     Args:
         checkpoint: a .ckpt file, or a run's folder (its best.ckpt, or last.ckpt without validation).
@@ -59,10 +44,9 @@ def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transforme
         model = Transformer(TransformerConfig.from_dict(content["transformer"]))
     else:
         model = HFModel.rebuild(content["hugging_face"])
-    prefix = "model."
-    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    transposed = {name for name, module in model.named_modules() if is_transposed(module)}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(plain_weights(content, transposed))
     except RuntimeError as error:
         raise UserError(f"{path}: its weights do not fit its shape ({str(error).splitlines()[-1].strip()})") from None
     try:

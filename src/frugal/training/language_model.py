@@ -7,21 +7,23 @@ import logging
 import math
 from collections import deque
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from frugal.data.batches import IGNORE
 from frugal.errors import UserError
 from frugal.model.config import Counts, Flops, Frozen, TransformerConfig, count_parameters, flops_per_token
-from frugal.model.hf import from_hf, read_hf_shape
 from frugal.model.transformer import Transformer
 from frugal.schedule import LossWeight, WarmupStableDecay
 from frugal.training.compilation import compile_blocks, require_compiler
+from frugal.training.initial import initial_shape, initial_weights
+from frugal.training.lora import LoRA, add_adapters, require_peft
 from frugal.training.losses import next_token_nll, sum_and_nll, summed_nll
 from frugal.training.metrics import TextLoss
 from frugal.training.muon import Muon
@@ -57,9 +59,10 @@ class LanguageModel(pl.LightningModule):
         compile: compile each block with torch.compile (needs a C++ compiler on CPU).
         mtp_loss_weight: weight of multi-token prediction's mean loss, where model.transformer.n_mtp switches it on.
         loss_chunk: positions whose logits exist at once in training; 0 keeps all logits; null chooses by device.
-        init_from: a local Hugging Face folder of this very shape (`frugal import` writes the config for it), whose
-            weights a new run starts from.
+        init_from: where a new run's weights come from: a checkpoint or a run's folder of this very shape, or a local
+            Hugging Face folder (`frugal import` writes the config for it).
         skip_spikes: leave out steps whose gradient is far above those before; null takes every step.
+        lora: train low-rank adapters on frozen weights; null trains the weights.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class LanguageModel(pl.LightningModule):
         loss_chunk: int | None = None,
         init_from: str | None = None,
         skip_spikes: SkipSpikes | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         if loss_chunk is not None and loss_chunk < 0:
@@ -82,7 +86,12 @@ class LanguageModel(pl.LightningModule):
         self.loss_chunk = loss_chunk
         self.config, self.optimizer, self.schedule, self.init_from = transformer, optimizer, schedule, init_from
         self.parameter_groups = parameter_groups or []
-        self.skip_spikes = skip_spikes
+        self.skip_spikes, self.lora = skip_spikes, lora
+        if lora is not None:
+            require_peft()
+            if transformer is not None and transformer.sharing:
+                raise UserError("model.lora: cannot adapt layers that share their weights (model.transformer.sharing)")
+        self.seed = torch.initial_seed()
         self._norms: deque[float] = deque(maxlen=skip_spikes.window if skip_spikes else 0)
         self.spikes = 0  # steps skipped so far
         # A setting that the optimizer refuses is refused before any data is read.
@@ -112,8 +121,17 @@ class LanguageModel(pl.LightningModule):
             self.model = Transformer(self.config)
             if self.init_from is not None:
                 self._take_weights(self.init_from)
+            self._adapt(self.model)
             if self.compile_blocks:
                 compile_blocks(self.model)
+
+    def _adapt(self, model: torch.nn.Module) -> None:
+        if self.lora is None:
+            return
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
+            raise UserError(f"model.lora: works on one device and under DDP, not with {type(strategy).__name__}")
+        self.frozen = add_adapters(model, self.lora)
 
     def setup(self, stage: str) -> None:
         """Make the validation metric, which needs the tokenizer's bytes per token."""
@@ -126,23 +144,23 @@ class LanguageModel(pl.LightningModule):
         self.part_losses = torch.nn.ModuleList(TextLoss(token_bytes) for _ in names if len(names) > 1)
         self.part_names = [name.replace("/", "_") for name in names]
 
-    def _check_shape(self, folder: str) -> None:
+    def _check_shape(self, source: str) -> None:
         """Refuse weights of another shape before any data is read."""
-        theirs, _ = read_hf_shape(Path(folder).expanduser())
+        theirs = initial_shape(source)
         ignored = {"max_seq_len": 0, "init_std": 0.0, "n_mtp": 0}
         differences = shape_differences(asdict(theirs) | ignored, asdict(self.config) | ignored, "model.transformer")
         if differences:
             raise UserError(
-                f"model.init_from: {folder} has another shape (`frugal import` writes its config): "
+                f"model.init_from: {source} has another shape (its config.yaml gives it back, or "
+                "`frugal import` for a Hugging Face folder): "
                 + "; ".join(d.replace("in the checkpoint", "there") for d in differences)
             )
 
-    def _take_weights(self, folder: str) -> None:
+    def _take_weights(self, source: str) -> None:
         assert self.model is not None
-        _, state = from_hf(Path(folder).expanduser())
-        missing = self.model.load_state_dict(state, strict=False).missing_keys
+        missing = self.model.load_state_dict(initial_weights(source), strict=False).missing_keys
         fresh = sorted({key.split(".")[0] for key in missing})  # multi-token prediction has no counterpart there
-        log.info("weights taken from %s%s", folder, f"; drawn anew: {', '.join(fresh)}" if fresh else "")
+        log.info("weights taken from %s%s", source, f"; drawn anew: {', '.join(fresh)}" if fresh else "")
 
     @property
     def vocab_size(self) -> int:
@@ -173,6 +191,8 @@ class LanguageModel(pl.LightningModule):
         """Loss of one micro-batch of `input_ids` and `labels`, both [B, T]; labels of -100 do not count."""
         labels = batch["labels"]
         assert self.model is not None
+        if self.lora is not None and self.lora.dropout:
+            self._seed_dropout()
         nats, extra, nll_BT = self._nats(batch)
         if "groups" in batch:
             self._add_groups(nll_BT, batch)
@@ -195,6 +215,12 @@ class LanguageModel(pl.LightningModule):
         hidden, head = self.model.hidden(batch["input_ids"]), self.model.head.weight
         nats, nll_BT = sum_and_nll(hidden, head, batch["labels"], self.loss_chunk, fuse=self.compile_blocks)
         return nats, self._mtp_nats(hidden, batch) if self.config.n_mtp else None, nll_BT
+
+    def _seed_dropout(self) -> None:
+        """What dropout drops is a function of seed, step, micro-batch and rank: a resumed run drops the same."""
+        micro_batch = self._step_positions // max(self._micro_positions, 1)
+        place = (self.trainer.global_step, micro_batch, self.global_rank)
+        torch.manual_seed(np.random.SeedSequence((self.seed, *place)).generate_state(1, np.uint64).item())
 
     def _add_groups(self, nll_BT: Tensor, batch: Batch) -> None:
         """Add up the loss by the group that each sequence is from."""
@@ -385,10 +411,20 @@ class LanguageModel(pl.LightningModule):
         """What a resumed run must know beside the optimizer's own state."""
         if self._settings:
             checkpoint["optimizer"] = type(self.trainer.optimizers[0]).__name__
+        checkpoint["lora"] = self.lora and asdict(self.lora)
         checkpoint["spikes"] = {"norms": list(self._norms), "skipped": self.spikes}
 
     def _load_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with another optimizer's moments; take over what is known of spikes."""
+        """Refuse to go on with another optimizer's moments or other adapters; take over what is known of spikes."""
+        theirs, ours = checkpoint.get("lora"), self.lora and asdict(self.lora)
+        if bool(theirs) != bool(ours):
+            with_or_without = ("without", "with") if theirs else ("with", "without")
+            raise UserError(
+                "ckpt_path: this config trains {} adapters (model.lora), the checkpoint {}; start from its weights "
+                "with model.init_from".format(*with_or_without)
+            )
+        if differences := shape_differences(theirs, ours, "model.lora"):
+            raise UserError("ckpt_path: the checkpoint has other adapters: " + "; ".join(differences))
         if spikes := checkpoint.get("spikes"):
             self._norms.extend(spikes["norms"])
             self.spikes = spikes["skipped"]

@@ -62,6 +62,8 @@ def parameter_groups(model: nn.Module, wanted: Iterable[ParameterGroup] = ()) ->
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:  # the base of adapters; what freezes for a while is not frozen yet
+            continue
         names.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
     for group in wanted:

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 
 from frugal.data.difficulty import Scorer
 from frugal.errors import UserError, require
-from frugal.training.inference import checkpoint_file, load_for_inference
+from frugal.training.checkpointing import checkpoint_file
+from frugal.training.inference import load_for_inference
 from frugal.training.losses import next_token_nll
 
 log = logging.getLogger(__name__)
