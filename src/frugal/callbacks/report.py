@@ -22,6 +22,7 @@ from frugal.tracking.card import print_card
 from frugal.tracking.plots import draw_run
 from frugal.tracking.run_folder import RunFolder
 from frugal.training.loggers import SafeWandbLogger
+from frugal.training.stopping import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,16 @@ class RunReport(pl.Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """After Ctrl-C, say how to go on."""
-        if isinstance(exception, KeyboardInterrupt):
+        """After Ctrl-C or a signal, say how to go on."""
+        if isinstance(exception, Stopped):
+            log.warning(
+                "%s: stopped at step %d of %d and saved; --ckpt_path last goes on",
+                *(exception.signal, trainer.global_step, trainer.max_steps),
+            )
+            for logger in trainer.loggers:
+                if isinstance(logger, SafeWandbLogger):
+                    logger.pause()
+        elif isinstance(exception, KeyboardInterrupt):
             saved = max((c._last_global_step_saved for c in trainer.checkpoint_callbacks), default=0)
             log.warning(
                 "interrupted at step %d; %s",

@@ -35,7 +35,7 @@ from frugal.training.loggers import MetricsFile, SafeWandbLogger, wandb_mode
 from frugal.training.precision import precision_plugin
 
 log = logging.getLogger(__name__)
-BASE_CONFIG = "configs/base.yaml"
+BASE_CONFIG = os.environ.get("FRUGAL_BASE_CONFIG", "configs/base.yaml")  # a launched run has its own copy
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 OPTIONS: set[str] = set()  # names of all options, filled by the parser, for suggestions
 
@@ -179,7 +179,8 @@ class FrugalCLI(LightningCLI):
         """Write the resolved config into the run's folder and send it to W&B."""
         self._dump_config()
         path = self.folder.path / "config.yaml"
-        text = yaml.safe_dump({**self.config_dump, "ckpt_path": None}, sort_keys=False)
+        again = {"ckpt_path": None, "run": {**self.config_dump["run"], "id": None}}  # to repeat it, not to overwrite it
+        text = yaml.safe_dump({**self.config_dump, **again}, sort_keys=False)
         if path.is_file() and path.read_text(encoding="utf-8") != text:
             number = len(list(self.folder.path.glob("config*.yaml")))
             path = self.folder.path / f"config.{number}.yaml"  # a resumed run with other settings keeps the first ones
@@ -278,6 +279,8 @@ def _quiet() -> None:
     # The validation metric is reduced over ranks by torchmetrics before it is logged.
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")
     warnings.filterwarnings("ignore", ".*custom batch sampler.*for prediction.*")
+    # Slurm being installed does not mean that this run is to be sent there.
+    warnings.filterwarnings("ignore", ".*srun. command is available.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     # Our sampler starts at the trainer's step, so the loader needs no state of its own.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from frugal.cli.curate import curate
 from frugal.cli.errors import one_line_errors
+from frugal.cli.launch import cancel, local, status
 from frugal.cli.model_verbs import count, export, import_, shapes
 from frugal.cli.prepare import prepare
 from frugal.cli.synthesize import synthesize
@@ -58,16 +61,52 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 
 
-def spell_out_flags(arguments: list[str]) -> list[str]:
-    """`--json` means `--json true` for a verb's boolean options: jsonargparse wants a value."""
-    verb = VERBS.get(arguments[0]) if arguments else None
-    flags = (
-        {f"--{p.name}" for p in inspect.signature(verb).parameters.values() if p.annotation == "bool"} if verb else ()
-    )
-    return [
-        f"{word}=true" if word in flags and following.lower() not in ("true", "false") else word
-        for word, following in zip(arguments, [*arguments[1:], ""], strict=False)
-    ]
+# Verbs of two words.
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "launch": {"local": local, "status": status, "cancel": cancel},
+}
+
+
+def spell_out(arguments: list[str]) -> list[str]:
+    """Write what users type as jsonargparse wants it.
+
+    `--json` of a boolean becomes `--json=true`, `--seeds 1 2` of a list `--seeds=[1, 2]`, positional words of a list
+    one word; what stands behind `--` becomes the list `options`.
+    """
+    group = GROUPS.get(arguments[0], {}) if arguments else {}
+    depth = 2 if group else 1
+    verb = (group.get(arguments[1]) if len(arguments) > 1 else None) if group else VERBS.get((arguments or [""])[0])
+    if verb is None:
+        return arguments
+    kinds = {p.name: (str(p.annotation), p.default) for p in inspect.signature(verb).parameters.values()}
+    lists = {name for name, (kind, _) in kinds.items() if kind.startswith("list[")}
+    cut = arguments.index("--") if "--" in arguments and "options" in lists else len(arguments)
+    words, behind = arguments[depth:cut], arguments[cut + 1 :]
+    first = next(iter(kinds))
+    gathered: dict[str, list[str]] = {}
+    if first in lists and kinds[first][1] is inspect.Parameter.empty:
+        gathered[first] = []
+    if behind:
+        gathered["options"] = behind
+    key, found = (first if first in gathered else ""), list[str]()
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        name = word.removeprefix("--")
+        if word.startswith("--"):
+            key = name if name in lists else ""
+            if key:
+                gathered.setdefault(key, [])
+                continue
+            if kinds.get(name, ("",))[0] == "bool" and following.lower() not in ("true", "false"):
+                word += "=true"
+            found.append(word)
+        elif key:
+            gathered[key].append(word)
+        else:
+            found.append(word)
+    for name, values in gathered.items():
+        text = f"[{', '.join(values)}]" if kinds[name][0] == "list[int]" else json.dumps(values)
+        found.insert(0, text) if name == first and first in gathered else found.append(f"--{name}={text}")
+    return [*arguments[:depth], *found]
 
 
 def main(args: list[str] | None = None) -> None:
@@ -82,19 +121,34 @@ def main(args: list[str] | None = None) -> None:
         exit_on_error=False,
     )
     commands = parser.add_subcommands(dest="verb")
-    for name, function in VERBS.items():
+
+    def add(commands: Any, name: str, function: Callable[..., None]) -> None:
         assert function.__doc__
         verb = ArgumentParser(exit_on_error=False, description=function.__doc__.splitlines()[0])
         verb.add_function_arguments(function, as_positional=True)
         commands.add_subcommand(name, verb, help=function.__doc__.splitlines()[0])
+
+    for name, function in VERBS.items():
+        add(commands, name, function)
+    for group, verbs in GROUPS.items():
+        parser_of_group = ArgumentParser(exit_on_error=False)
+        commands.add_subcommand(group, parser_of_group, help=", ".join(verbs))  # level by level, from above
+        subcommands = parser_of_group.add_subcommands(dest="what")
+        for name, function in verbs.items():
+            add(subcommands, name, function)
     with one_line_errors():
-        arguments = spell_out_flags(args if args is not None else sys.argv[1:])
+        arguments = spell_out(args if args is not None else sys.argv[1:])
         if not arguments:
             parser.print_help()
             return
         config = parser.instantiate_classes(parser.parse_args(arguments))
+        chosen, verbs = config[config.verb], VERBS
+        if config.verb in GROUPS:
+            verbs, name, chosen = GROUPS[config.verb], chosen.what, chosen[chosen.what]
+        else:
+            name = config.verb
         try:
-            VERBS[config.verb](**{k: v for k, v in config[config.verb].as_dict().items() if k != "config"})
+            verbs[name](**{k: v for k, v in chosen.as_dict().items() if k != "config"})
             sys.stdout.flush()
         except BrokenPipeError:  # the reader (head, a pager) has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

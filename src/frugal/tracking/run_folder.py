@@ -23,6 +23,7 @@ class RunConfig:
         project: W&B project.
         group: W&B group, for instance a study.
         tags: W&B tags.
+        id: the run's folder under `name` and its W&B id; null makes one up. `--ckpt_path last` goes on in this folder.
         wandb: auto (online with an API key and a network, offline otherwise), online, offline or disabled.
     """
 
@@ -31,11 +32,13 @@ class RunConfig:
     project: str = "frugal"
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    id: str | None = None
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise UserError(f"run.name: use letters, digits, '.', '_' and '-' only, got {self.name!r}")
+        for key, value in (("name", self.name), ("id", self.id)):
+            if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+                raise UserError(f"run.{key}: use letters, digits, '.', '_' and '-' only, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,13 @@ class RunFolder:
 
 def new_run(config: RunConfig) -> RunFolder:
     """Name a fresh folder (not made yet)."""
-    run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    run_id = config.id or time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     return RunFolder(Path(config.root) / config.name / run_id)
 
 
 def newest_run(config: RunConfig, checkpoint: str) -> RunFolder | None:
-    """The newest run of this name that holds `checkpoints/<checkpoint>`, or None."""
-    found = sorted((Path(config.root) / config.name).glob(f"*/checkpoints/{checkpoint}"))
+    """The newest run of this name (or the one of this id) that holds `checkpoints/<checkpoint>`, or None."""
+    found = sorted((Path(config.root) / config.name).glob(f"{config.id or '*'}/checkpoints/{checkpoint}"))
     return RunFolder(found[-1].parent.parent) if found else None
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from frugal.errors import UserError
 from frugal.training.optim import use_averages
+from frugal.training.stopping import StopFlag, Stopped
 
 
 def checkpoint_file(checkpoint: str) -> Path:
@@ -80,7 +81,7 @@ class _UsableCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(_UsableCheckpoint):
-    """Keep `last.ckpt`, the state to go on from: every n steps, after each validation and at the end.
+    """Keep `last.ckpt`, the state to go on from: every n steps, after each validation, on a signal and at the end.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints; what a crash can cost at most.
@@ -96,25 +97,45 @@ class LastCheckpoint(_UsableCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
+        self._stop = StopFlag()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to signals."""
+        super().on_train_start(trainer, pl_module)
+        self._stop.watch(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save every n steps; where a validation is due, after it, so that a crash inside it does not skip it."""
-        if not _validation_is_due(trainer):
-            if trainer.global_step % self._every_n_train_steps == 0:
-                # Lightning logs a step after this hook: the row must be on the disk before the checkpoint that makes a
-                # resumed run skip it. (Our loggers ignore the second call with the same row.)
-                trainer._logger_connector.update_train_step_metrics()
-            super().on_train_batch_end(trainer, *args, **kwargs)
+        if not pl_module.step_complete or _validation_is_due(trainer):
+            return
+        told = self._stop.raised()
+        if told or trainer.global_step % self._every_n_train_steps == 0:
+            # Lightning logs a step after this hook: the row must be on the disk before the checkpoint that makes a
+            # resumed run skip it. (Our loggers ignore the second call with the same row.)
+            trainer._logger_connector.update_train_step_metrics()
+            self._save(trainer)
+        if told:
+            raise Stopped(trainer, told)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what the validation logged, too."""
+        self._save(trainer)
+        if trainer.state.fn == "fit" and trainer.global_step < trainer.max_steps and (told := self._stop.raised()):
+            raise Stopped(trainer, told)
+
+    def _save(self, trainer: pl.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._stop.unwatch()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the final state, unless it lies on the disk already."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save(trainer)
 
 
 def _validation_is_due(trainer: pl.Trainer) -> bool:

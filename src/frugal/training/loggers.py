@@ -16,6 +16,7 @@ from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experime
 from lightning.pytorch.utilities import rank_zero_only
 
 from frugal.tracking.run_folder import RunConfig, RunFolder
+from frugal.training.stopping import STOPPED
 
 log = logging.getLogger(__name__)
 INIT_TIMEOUT = FINISH_TIMEOUT = 20  # seconds that a run waits for the W&B server, at its start and at its end
@@ -162,6 +163,16 @@ class SafeWandbLogger(WandbLogger):
         def close() -> None:
             self.experiment.summary.update(summary)
             self.experiment.finish()
+
+        self._never_raise(close)
+
+    @rank_zero_only
+    def pause(self) -> None:
+        """Close the run as one that is to be continued."""
+
+        def close() -> None:
+            self.experiment.mark_preempting()
+            self.experiment.finish(exit_code=STOPPED)
 
         self._never_raise(close)
 

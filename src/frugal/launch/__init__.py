@@ -1,0 +1,1 @@
+"""Launching runs: jobs with a snapshot of the code, a local queue, Slurm."""
