@@ -186,7 +186,8 @@ def test_routing_scores_equal_a_plain_loop(score: Any) -> None:
     inputs: dict[int, list] = {}
     for layer, moe in model.moe_layers().items():
         moe.register_forward_pre_hook(lambda m, args, layer=layer: inputs.setdefault(layer, []).append(args[0]))
-    scores = routing_scores(model, batches, score)
+    visit = lambda ids: list(model.mtp_hidden(model.hidden(ids), ids))  # noqa: E731
+    scores = routing_scores(model, batches, visit, score)
     assert model.training and not any(moe.experts._forward_pre_hooks for moe in model.moe_layers().values())
     for layer, moe in model.moe_layers().items():
         expected = [0.0] * 4

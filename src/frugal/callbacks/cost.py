@@ -122,11 +122,11 @@ class CostMeter(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
         """Count the micro-batch; log the speed at the end of each window."""
-        shape = batch["input_ids"].shape
-        tokens = shape.numel() * trainer.world_size
-        key = (shape[1], pl_module.frozen)  # what is frozen in this step costs less
+        rows, length = pl_module.token_shape(batch)
+        tokens = rows * length * trainer.world_size
+        key = (length, pl_module.frozen)  # what is frozen in this step costs less
         if key not in self._flops_per_token:
-            self._flops_per_token[key] = pl_module.flops_per_token(shape[1]).training
+            self._flops_per_token[key] = pl_module.flops_per_token(length).training
         self.tokens += tokens
         self.flops += tokens * self._flops_per_token[key]
         if pl_module.step_complete:
@@ -227,7 +227,9 @@ class CostMeter(pl.Callback):
         best = min(validations, key=lambda row: row["val/loss"], default={})
         return {
             "val_loss": best.get("val/loss"),
-            "val_bits_per_byte": best.get("val/bits_per_byte"),
+            # And whatever else was found there, but for single parts and classes.
+            **{key.replace("/", "_"): best[key] for key in best if key.startswith("val/") and key.count("/") == 1},
+            "loss_unit": pl_module.unit,
             "tokens_seen": self.tokens,
             "flops": self.flops,
             "seconds": seconds,

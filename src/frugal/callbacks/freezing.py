@@ -322,7 +322,7 @@ class Freezing(pl.Callback):
             loader = trainer.datamodule.train_dataloader()
             batches = map(trainer.strategy.batch_to_device, itertools.islice(loader, choice.batches))
             context = trainer.precision_plugin.forward_context()
-            scores = routing_scores(self.model, (b["input_ids"] for b in batches), choice.score, context)
+            scores = routing_scores(self.model, batches, pl_module.visit, choice.score, context)
         stacks = {name for layer in moes for name in plan.expert_stacks(layer, self.model.config.n_layers)}
         trained, shares = [], []
         for layer in moes:

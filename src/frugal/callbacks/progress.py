@@ -46,6 +46,8 @@ class Progress(RichProgressBar):
             shown["loss"] = f"{float(values['train/loss']):.3f}"
         if "val/bits_per_byte" in trainer.callback_metrics:
             shown["val bpb"] = f"{float(trainer.callback_metrics['val/bits_per_byte']):.3f}"
+        elif "val/accuracy" in trainer.callback_metrics:
+            shown["val right"] = f"{float(trainer.callback_metrics['val/accuracy']):.1%}"
         if "speed/tokens_per_second" in values:
             shown["tok/s"] = f"{float(values['speed/tokens_per_second']):,.0f}"
         return shown
@@ -61,6 +63,7 @@ class Progress(RichProgressBar):
             ("train/loss", "train loss", ".3f"),
             ("val/loss", "val loss", ".3f"),
             ("val/bits_per_byte", "val bits/byte", ".3f"),
+            ("val/accuracy", "val right", ".2%"),
             ("speed/tokens_per_second", "tokens/s", ",.0f"),
         ):
             if key in values:

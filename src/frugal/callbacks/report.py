@@ -62,7 +62,7 @@ class RunReport(pl.Callback):
         summary["sample"] = callbacks[TextSamples].last
         summary["data_seconds_by_stage"] = getattr(trainer.datamodule, "seconds_by_stage", None)
         write_summary(folder, summary)
-        pictures = draw_run(folder)
+        pictures = draw_run(folder, pl_module.unit)
         curation = _copy_curation(trainer, folder)
         if curation:
             pictures = pictures | {"data/curation": folder.path / "curation.png"}
@@ -81,7 +81,9 @@ class RunReport(pl.Callback):
                 elif list(folder.path.glob("wandb/offline-run-*")):
                     pattern = _shown(folder.path / "wandb") + "/offline-run-*"  # a resumed run has several
                     paths["W&B"] = f"offline; send it with: {_program('wandb')} sync {pattern}"
-        paths["go on with"] = f"{_program('frugal')} generate {_shown(folder.path)} --prompt '...'"
+        if pl_module.go_on:
+            program, _, rest = pl_module.go_on.format(run=_shown(folder.path)).partition(" ")
+            paths["go on with"] = f"{_program(program)} {rest}"
         print_card(f"{folder.path.parent.name} {folder.id}", summary, paths)
 
     @rank_zero_only

@@ -49,9 +49,11 @@ class TextSamples(pl.Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draw the samples and log the table of all so far."""
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # none: it does not train on text
         if trainer.sanity_checking or trainer.state.fn != "fit" or not self.prompts or self.max_new_tokens <= 0:
             return
-        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        if tokenizer is None:
+            return
         for prompt in self.prompts:
             ids = torch.tensor([tokenizer.encode(prompt).ids or [tokenizer.token_to_id(EOT)]], device=pl_module.device)
             generator = torch.Generator(device=pl_module.device).manual_seed(self.seed)

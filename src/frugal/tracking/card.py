@@ -6,6 +6,13 @@ from typing import Any
 
 from frugal.units import duration, short
 
+# What a validation may have found beside its loss, and how it is shown.
+SCORES = {
+    "val_bits_per_byte": "{:.4f} bits per byte",
+    "val_accuracy": "{:.2%} right",
+    "val_calibration_error": "calibration error {:.4f}",
+}
+
 
 def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str, str]]:
     """The card's lines as (label, text), from `summary.json` and the paths to show."""
@@ -43,7 +50,10 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         rows.append(
             (
                 "best validation",
-                f"{summary['val_bits_per_byte']:.4f} bits per byte · {summary['val_loss']:.4f} nats per token",
+                " · ".join(
+                    [form.format(summary[key]) for key, form in SCORES.items() if summary.get(key) is not None]
+                    + [f"{summary['val_loss']:.4f} nats per {summary.get('loss_unit', 'token')}"]
+                ),
             )
         )
     if summary.get("router"):

@@ -24,27 +24,27 @@ def _figure(**kwargs: Any) -> Figure:
     return figure
 
 
-def loss_figure(rows: list[dict[str, Any]], title: str) -> Figure:
+def loss_figure(rows: list[dict[str, Any]], title: str, unit: str = "token") -> Figure:
     """Training and validation loss and the learning rate over the steps."""
     figure = _figure(figsize=(8, 5))
     axis, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     train = [(row["step"] + 1, row["train/loss"]) for row in rows if "train/loss" in row]
-    val = [(row["step"] + 1, row["val/loss"], row["val/bits_per_byte"]) for row in rows if "val/loss" in row]
+    val = [(row["step"] + 1, row["val/loss"], row) for row in rows if "val/loss" in row]
     if train:
         axis.plot(*zip(*train, strict=True), color=BLUE, linewidth=1.2, label="training")
     if val:
-        steps, loss, bits = zip(*val, strict=True)
+        steps, loss, found = zip(*val, strict=True)
         axis.plot(steps, loss, "o-", color=ORANGE, markersize=4, label="validation")
         best = min(range(len(loss)), key=loss.__getitem__)
         axis.annotate(
-            f"{loss[best]:.3f} nats/token\n{bits[best]:.3f} bits/byte",
+            f"{loss[best]:.3f} nats/{unit}" + _score(found[best]),
             (steps[best], loss[best]),
             xytext=(-8, 14),
             textcoords="offset points",
             ha="right",
             color=ORANGE,
         )
-    axis.set(ylabel="loss (nats per token)", title=title)
+    axis.set(ylabel=f"loss (nats per {unit})", title=title)
     axis.grid(alpha=0.3)
     if train or val:
         axis.legend()
@@ -54,6 +54,12 @@ def loss_figure(rows: list[dict[str, Any]], title: str) -> Figure:
     rate.set(xlabel="optimizer step", ylabel="learning rate", ylim=(0, None))
     rate.grid(alpha=0.3)
     return figure
+
+
+def _score(row: dict[str, float]) -> str:
+    if "val/bits_per_byte" in row:
+        return f"\n{row['val/bits_per_byte']:.3f} bits/byte"
+    return f"\n{row['val/accuracy']:.1%} right" if "val/accuracy" in row else ""
 
 
 def expert_load_figure(rows: list[dict[str, Any]], title: str) -> Figure:
@@ -103,14 +109,14 @@ def plan_figure(plan: Any, rates: list[float], names: list[str], title: str) -> 
     return figure
 
 
-def draw_run(folder: RunFolder) -> dict[str, Path]:
-    """Draw what the run's files allow into `plots/`; returns the pictures by name."""
+def draw_run(folder: RunFolder, unit: str = "token") -> dict[str, Path]:
+    """Draw what the run's files allow into `plots/`; returns the pictures by name; losses are means per `unit`."""
     folder.plots.mkdir(parents=True, exist_ok=True)
     title = f"{folder.path.parent.name}/{folder.id}"
     pictures = {}
     if rows := read_lines(folder.metrics):
         pictures["loss"] = folder.plots / "loss.png"
-        loss_figure(rows, f"Loss of {title}").savefig(pictures["loss"])
+        loss_figure(rows, f"Loss of {title}", unit).savefig(pictures["loss"])
     if loads := read_lines(folder.expert_load):
         pictures["expert_load"] = folder.plots / "expert_load.png"
         expert_load_figure(loads, f"Expert load of {title}").savefig(pictures["expert_load"])

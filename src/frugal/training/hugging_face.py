@@ -12,9 +12,10 @@ from frugal.errors import UserError, require
 from frugal.model.counts import Counts, Flops
 from frugal.model.hf_model import HFModel, hf_config, read_hf_config
 from frugal.schedule import WarmupStableDecay
-from frugal.training.language_model import Batch, LanguageModel, shape_differences
+from frugal.training.language_model import LanguageModel
 from frugal.training.lora import LoRA
 from frugal.training.losses import next_token_nll
+from frugal.training.module import Batch, shape_differences
 from frugal.training.optim import ParameterGroup
 from frugal.training.spikes import SkipSpikes
 

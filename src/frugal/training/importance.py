@@ -6,7 +6,7 @@ Units are named as modules: `blocks.3`, or `blocks.3.ffn.experts.7` for one expe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -53,7 +53,11 @@ def expert_mean_squares(tensors: Mapping[str, Tensor], stems: Iterable[str]) -> 
 
 @torch.no_grad()
 def routing_scores(
-    model: Transformer, batches: Iterable[Tensor], score: Literal["token", "gate"], context: Any = None
+    model: Transformer,
+    batches: Iterable[Any],
+    visit: Callable[[Any], None],
+    score: Literal["token", "gate"],
+    context: Any = None,
 ) -> dict[int, Tensor]:
     """By layer, each expert's share of the token choices or of the gates' weight, summed over tokens, float64 [E].
 
@@ -61,7 +65,8 @@ def routing_scores(
     gates are counted as shares that sum to one.
 
     Args:
-        batches: token ids [B, T].
+        batches: what the model reads.
+        visit: runs one of them through all blocks.
         context: entered around each forward pass (autocast).
     """
     scores: dict[int, Tensor] = {}
@@ -83,9 +88,8 @@ def routing_scores(
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"), context or contextlib.nullcontext():
-            for ids_BT in batches:
-                for _ in model.mtp_hidden(model.hidden(ids_BT), ids_BT):
-                    pass
+            for batch in batches:
+                visit(batch)
     finally:
         model.train(was_training)
         for handle in handles:
