@@ -72,6 +72,7 @@ class CostMeter(pl.Callback):
         self.tokens = 0
         self.flops = 0.0
         self.seconds = {"train": 0.0, "validation": 0.0, "other": 0.0}
+        self.cpu_seconds = self._cpu_mark = 0.0  # processor time of this process while training
         self.joules = self.dollars = 0.0
         self.row: Hardware | None = None
         self._mark = 0.0
@@ -83,9 +84,10 @@ class CostMeter(pl.Callback):
     # --- the clock: every moment of the fit belongs to one of the phases
 
     def _lap(self, phase: str) -> None:
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         self._spend(phase, now - self._mark)
-        self._mark = now
+        self.cpu_seconds += cpu - self._cpu_mark if phase == "train" else 0.0
+        self._mark, self._cpu_mark = now, cpu
 
     def _spend(self, phase: str, seconds: float) -> None:
         self.seconds[phase] += seconds
@@ -107,7 +109,7 @@ class CostMeter(pl.Callback):
         self.assumption = (
             self.row.assumption(self.units) if self.row else f"no row for {name!r} in {self.hardware_file}"
         )
-        self._mark = time.perf_counter()
+        self._mark, self._cpu_mark = time.perf_counter(), time.process_time()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Drop the metrics of steps that a resumed run is about to do again."""
@@ -200,6 +202,7 @@ class CostMeter(pl.Callback):
             "tokens": self.tokens,
             "flops": self.flops,
             "seconds": dict(self.seconds),
+            "cpu_seconds": self.cpu_seconds,
             "waited": self.waited,
             "joules": self.joules,
             "dollars": self.dollars,
@@ -210,6 +213,7 @@ class CostMeter(pl.Callback):
         """Go on counting where the checkpoint stood."""
         self.tokens, self.flops = state_dict["tokens"], state_dict["flops"]
         self.seconds = dict(state_dict["seconds"])
+        self.cpu_seconds = state_dict.get("cpu_seconds", 0.0)
         self.waited = state_dict.get("waited", 0.0)
         self.joules, self.dollars = state_dict["joules"], state_dict["dollars"]
         for device, flops in state_dict.get("peaks", {}).items():
@@ -234,6 +238,8 @@ class CostMeter(pl.Callback):
             "flops": self.flops,
             "seconds": seconds,
             "seconds_by_phase": self.seconds,
+            "train_cpu_seconds": self.cpu_seconds,
+            "threads": torch.get_num_threads(),
             **self._estimates(),
             "assumption": self.assumption,
             "params_total": counts.total,

@@ -15,6 +15,7 @@ from frugal.cli.errors import one_line_errors
 from frugal.cli.launch import cancel, local, status
 from frugal.cli.model_verbs import count, export, import_, shapes
 from frugal.cli.prepare import prepare
+from frugal.cli.savings import savings
 from frugal.cli.synthesize import synthesize
 
 
@@ -56,6 +57,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "count": count,
     "shapes": shapes,
     "export": export,
+    "savings": savings,
     "synthesize": synthesize,
     "import": import_,
 }

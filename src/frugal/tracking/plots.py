@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
-def _figure(**kwargs: Any) -> Figure:
+def new_figure(**kwargs: Any) -> Figure:
+    """A figure that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -26,7 +27,7 @@ def _figure(**kwargs: Any) -> Figure:
 
 def loss_figure(rows: list[dict[str, Any]], title: str, unit: str = "token") -> Figure:
     """Training and validation loss and the learning rate over the steps."""
-    figure = _figure(figsize=(8, 5))
+    figure = new_figure(figsize=(8, 5))
     axis, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     train = [(row["step"] + 1, row["train/loss"]) for row in rows if "train/loss" in row]
     val = [(row["step"] + 1, row["val/loss"], row) for row in rows if "val/loss" in row]
@@ -65,7 +66,7 @@ def _score(row: dict[str, float]) -> str:
 def expert_load_figure(rows: list[dict[str, Any]], title: str) -> Figure:
     """For each MoE layer, every expert's share of the tokens over the steps, as a multiple of the even share."""
     layers = list(rows[-1]["layers"])
-    figure = _figure(figsize=(8, 1.2 + 1.7 * len(layers)))
+    figure = new_figure(figsize=(8, 1.2 + 1.7 * len(layers)))
     axes = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
     first, last = rows[0]["step"] + 1, rows[-1]["step"] + 1
     for axis, layer in zip(axes, layers, strict=True):
@@ -90,7 +91,7 @@ def expert_load_figure(rows: list[dict[str, Any]], title: str) -> Figure:
 
 def plan_figure(plan: Any, rates: list[float], names: list[str], title: str) -> Figure:
     """What a run will see (a `frugal.data.plan.Plan`): difficulty, length, mixture and learning rate over the steps."""
-    figure = _figure(figsize=(8, 7))
+    figure = new_figure(figsize=(8, 7))
     hard, length, mixture, rate = figure.subplots(4, 1, sharex=True, height_ratios=(3, 1, 2, 1))
     low, median, high = plan.difficulty.T
     hard.fill_between(plan.steps, low, high, color=BLUE, alpha=0.25, linewidth=0, label="10% to 90%")

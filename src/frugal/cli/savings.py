@@ -1,0 +1,63 @@
+"""The verb that runs a savings study."""
+
+from __future__ import annotations
+
+
+def savings(
+    study: str,
+    out: str = "runs/studies",
+    steps: int | None = None,
+    seeds: int | None = None,
+    jobs: int = 1,
+    wandb: str = "auto",
+    report_only: bool = False,
+) -> None:
+    """Run a savings study: what each technique needs to reach the same loss, on five cost axes, with a verdict.
+
+    Args:
+        study: a file of configs/studies/.
+        out: folder for the runs and the report; finished runs in it are used, interrupted ones go on.
+        steps: of the baseline, in place of the study's: a smaller or larger copy of it, with a folder of its own.
+        seeds: how many of the study's seeds.
+        jobs: runs at a time, each with its share of the machine's cores.
+        wandb: auto, online, offline or disabled.
+        report_only: write the report of what is there and start nothing.
+    """
+    import json
+    import os
+    from dataclasses import replace
+    from functools import partial
+    from pathlib import Path
+
+    from frugal.errors import require
+    from frugal.tracking.savings import compare
+    from frugal.tracking.savings_report import markdown, write_report
+    from frugal.tracking.study import read_study
+    from frugal.tracking.study_runs import StudyRuns, conditions, start_process
+
+    require(jobs > 0, f"jobs: must be positive, got {jobs}")
+    require(
+        wandb in ("auto", "online", "offline", "disabled"), f"wandb: auto, online, offline or disabled, got {wandb}"
+    )
+    require(Path("train.py").is_file(), "no train.py here: run from the project's root folder")
+    wanted = read_study(study)
+    name = Path(study).stem
+    if seeds is not None:
+        require(0 < seeds <= len(wanted.seeds), f"seeds: the study has {len(wanted.seeds)}, got {seeds}")
+        wanted = replace(wanted, seeds=wanted.seeds[:seeds])
+    if steps is not None and steps != wanted.steps:
+        wanted, name = replace(wanted, steps=steps), f"{name}_{steps}_steps"
+    folder = Path(out).resolve() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    start = None if report_only else partial(start_process, threads=max(1, cores // jobs))
+    runs = StudyRuns(name, wanted, folder, wandb, start)
+    results = runs.all(jobs)
+    points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
+    findings = compare(wanted, points)
+    text = markdown(name, wanted, points, findings, conditions(results, jobs), runs.sweeps, runs.failures)
+    paths = write_report(folder, name, wanted, points, findings, text)
+    plain = json.dumps([found.row() for found in findings], indent=2).replace("Infinity", "null")
+    (folder / f"{name}.json").write_text(plain + "\n", encoding="utf-8")
+    print(text.split("## The runs")[0].strip())
+    print(f"\nwritten to {', '.join(str(path) for path in paths.values())}")

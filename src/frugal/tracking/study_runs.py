@@ -1,0 +1,241 @@
+"""The runs of a study: which are there, which are missing, and in what order they are made."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from frugal.errors import UserError
+from frugal.tracking.statistics import Point
+from frugal.tracking.study import AXES, Arm, RunSpec, Study, run_spec
+from frugal.units import duration
+
+log = logging.getLogger(__name__)
+Start = Callable[[list[str], Path], int]  # command of train.py, log file -> exit status
+
+
+def start_process(command: list[str], log_file: Path, threads: int = 1) -> int:
+    """Run one command to its end; its output goes to the log file."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with log_file.open("a", encoding="utf-8") as out:
+        return subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its share of the study's steps and its `summary.json`."""
+
+    spec: RunSpec
+    length: float
+    summary: dict[str, Any]
+
+    @property
+    def point(self) -> Point:
+        """Loss in bits per byte and the five costs."""
+        return Point(self.summary["val_bits_per_byte"], costs_of(self.summary))
+
+
+def costs_of(summary: dict[str, Any]) -> dict[str, float]:
+    """What a run spent, by axis, without its validation, which is the measurement.
+
+    On a CPU the training seconds are processor seconds by thread: what a machine takes that does nothing else.
+    """
+    phases = summary["seconds_by_phase"]
+    seconds = wall = sum(value for phase, value in phases.items() if phase != "validation")
+    if is_cpu(summary):
+        seconds += summary["train_cpu_seconds"] / summary["threads"] - phases["train"]
+    joules, dollars = (  # no row for the device: no estimate, which the report leaves out
+        summary[axis] * seconds / summary["seconds"] if summary.get(axis) else float("nan")
+        for axis in ("joules", "dollars")
+    )
+    assert wall > 0
+    return dict(zip(AXES, (summary["tokens_seen"], summary["flops"], seconds, joules, dollars), strict=True))
+
+
+def is_cpu(summary: dict[str, Any]) -> bool:
+    """Whether training ran on a CPU and its processor time was taken."""
+    return str(summary.get("assumption", "")).startswith("cpu") and summary.get("train_cpu_seconds") is not None
+
+
+class StudyRuns:
+    """Makes a study's runs, each once, and goes on where an interrupted one stopped.
+
+    Args:
+        name: of the study; W&B group and folder below `out`.
+        study: what to run.
+        out: folder for the runs and the report.
+        wandb: as `run.wandb`.
+        start: runs a command of train.py to its end; null starts nothing.
+    """
+
+    def __init__(
+        self, name: str, study: Study, out: Path, wandb: str = "auto", start: Start | None = start_process
+    ) -> None:
+        self.name, self.study, self.out, self.wandb, self.start = name, study, out, wandb, start
+        self.failures: dict[str, str] = {}
+        self.tuned: dict[str, dict[str, float]] = {}  # by arm
+        self.sweeps: dict[str, dict[float, float]] = {}
+        self.arms = {arm.name: arm for arm in study.all_arms()}
+        self._locks: dict[str, threading.Lock] = {}
+        self._guard = threading.Lock()
+        self.done = self.made = 0
+        self._began = time.monotonic()
+
+    # --- one run
+
+    def result(self, arm: Arm, seed: int, length: float, tuned: dict[str, float] | None = None) -> Result | None:
+        """The run at a share of the study's steps, made if it is missing; None if it failed."""
+        values = self.tuned_for(arm) if tuned is None else tuned
+        spec = run_spec(self.study, arm, seed, max(2, round(length * self.study.steps)), values)
+        key = spec.name.split("_", 1)[1]  # arms that come to the same config share a run
+        with self._guard:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            summary = self._summary(key) or self._make(spec, key)
+        return Result(spec, length, summary) if summary else None
+
+    def _summary(self, key: str) -> dict[str, Any] | None:
+        found = sorted((self.out / "runs").glob(f"*_{key}/*/summary.json"))
+        return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
+
+    def _make(self, spec: RunSpec, key: str) -> dict[str, Any] | None:
+        if self.start is None or spec.name in self.failures:
+            return None
+        run = {"name": spec.name, "root": str(self.out / "runs"), "group": self.name, "wandb": self.wandb}
+        overlay = {**spec.overlay, "run": {**run, "tags": ["study", self.name, spec.arm]}}
+        folder = self.out / "overlays"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{spec.name}.yaml"
+        file.write_text(yaml.safe_dump(overlay, sort_keys=False), encoding="utf-8")
+        command = [sys.executable, "train.py", "fit", "--config", str(file), "--ckpt_path", "last"]
+        output, began = file.with_suffix(".log"), time.monotonic()
+        status = self.start(command, output)
+        summary = self._summary(key)
+        if status or summary is None or summary.get("val_bits_per_byte") is None:
+            lines = output.read_text(encoding="utf-8").strip().splitlines() if output.is_file() else []
+            self.failures[spec.name] = lines[-1] if lines else f"exit status {status}"
+            log.warning("%s failed: %s (%s)", spec.name, self.failures[spec.name], output)
+            return None
+        self.made += 1
+        log.info(
+            "%s: %.4f bits per byte in %s", spec.name, summary["val_bits_per_byte"], duration(time.monotonic() - began)
+        )
+        return summary
+
+    # --- sweeps
+
+    def tuned_for(self, arm: Arm) -> dict[str, float]:
+        """Values that sweeps chose: the arm's own, else the baseline's."""
+        return self.tuned.get(arm.name) or self.tuned.get(self.study.base.name) or {}
+
+    def tune(self, arm: Arm) -> None:
+        """Choose the arm's best value; a value whose run fails is out of the race."""
+        assert arm.tune
+        losses = {}
+        for value in arm.tune.grid:
+            found = self.result(arm, arm.tune.seed, 1.0, {arm.tune.key: value})
+            losses[value] = found.point.loss if found else float("inf")
+        best = min(losses, key=lambda value: losses[value])
+        if losses[best] == float("inf"):
+            raise UserError(
+                f"arms: {arm.name}: no run of the sweep over {arm.tune.key} has ended well; see {self.out / 'overlays'}"
+            )
+        self.sweeps[arm.name], self.tuned[arm.name] = losses, {arm.tune.key: best}
+
+    # --- all of them
+
+    def search(self, arm: Arm, seed: int) -> list[Result]:
+        """Runs around the target: from the arm's start to longer or shorter ones until the target lies between two."""
+        base = self.study.base
+        if arm.equal:
+            return self._equal_run(arm, seed)
+        first = self.result(base, seed, 1.0)
+        if arm is base and self.study.target == "baseline":
+            return [first] if first else []
+        if first is None:
+            return []
+        target = first.point.loss if self.study.target == "baseline" else float(self.study.target)
+        lengths, at = self.study.lengths, self.study.lengths.index(arm.start)
+        found: dict[int, Result] = {}
+        while 0 <= at < len(lengths) and at not in found:
+            result = self.result(arm, seed, lengths[at])
+            if result is None:
+                break
+            found[at] = result
+            at += -1 if result.point.loss <= target else 1
+        # Controls of equal length, and the loss at the baseline's own length, are compared at full length.
+        full = (
+            self.result(arm, seed, 1.0)
+            if arm.controls or any(arm.name in a.controls for a in self.arms.values())
+            else None
+        )
+        results = {result.length: result for result in (*found.values(), *([full] if full else []))}
+        return [results[length] for length in sorted(results)]
+
+    def _equal_run(self, arm: Arm, seed: int) -> list[Result]:
+        assert arm.equal
+        other, own = self.result(self.arms[arm.equal.arm], seed, 1.0), self.result(arm, seed, 1.0)
+        if other is None or own is None:
+            return []
+        share = costs_of(other.summary)[arm.equal.axis] / costs_of(own.summary)[arm.equal.axis]
+        result = self.result(arm, seed, share)
+        return [result] if result else []
+
+    def all(self, jobs: int = 1) -> dict[str, dict[int, list[Result]]]:
+        """Every search of the study, seed by seed so that arms share their hours: results by arm and seed."""
+        if self.study.base.tune:
+            self.tune(self.study.base)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(self.tune, [arm for arm in self.arms.values() if arm.tune and arm is not self.study.base]))
+            searches = [(arm, seed) for seed in self.study.seeds for arm in self.arms.values()]
+
+            def one(search: tuple[Arm, int]) -> list[Result]:
+                results = self.search(*search)
+                with self._guard:
+                    self.done += 1
+                self._say(len(searches))
+                return results
+
+            found = list(pool.map(one, searches))
+        table: dict[str, dict[int, list[Result]]] = {arm: {} for arm in self.arms}
+        for (arm, seed), results in zip(searches, found, strict=True):
+            if results:
+                table[arm.name][seed] = results
+        return table
+
+    def _say(self, total: int) -> None:
+        spent = time.monotonic() - self._began
+        left = spent / max(self.done, 1) * (total - self.done)
+        log.info("%d of %d arms and seeds done, about %s left", self.done, total, duration(left))
+
+
+def conditions(results: dict[str, dict[int, list[Result]]], jobs: int) -> list[str]:
+    """What a reader must know about the measurement of the seconds."""
+    summaries = [r.summary for seeds in results.values() for runs in seeds.values() for r in runs]
+    if not summaries:
+        return ["No run has finished."]
+    first = summaries[0]
+    said = [f"Machine: {first.get('assumption')}; {jobs} run(s) at a time, {first.get('threads', '?')} thread(s) each."]
+    if all(map(is_cpu, summaries)):
+        wall = sum(s["seconds_by_phase"]["train"] for s in summaries)
+        quiet = sum(s["train_cpu_seconds"] / s["threads"] for s in summaries)
+        said.append(
+            "Seconds are processor seconds of training per thread, with data preparation, without validation: what a "
+            f"quiet machine takes. The clock showed {wall / quiet:.2f} times as many training seconds (1 on a quiet "
+            "machine). Joules and dollars are estimates from these seconds."
+        )
+    else:
+        said.append("Seconds are those of the clock, without validation: on a busy machine they mean little.")
+    return said

@@ -1,0 +1,187 @@
+"""Studies as data: arms and runs, what is made when, and what an interrupted study goes on with."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from frugal.errors import UserError
+from frugal.tracking.savings import compare, recipe_effects
+from frugal.tracking.savings_report import forest_figure, markdown, write_report
+from frugal.tracking.study import Arm, Equal, Study, Tune, merge, read_study, run_spec
+from frugal.tracking.study_runs import StudyRuns, conditions
+
+PART = {"a": 0.8, "b": 0.9, "c": 1.0}  # steps that a part leaves to be done
+
+
+def fake_train(log: list[str], fail: str = "") -> Any:
+    """Stands for train.py: a loss that falls with the logarithm of the steps, faster with each part that is on."""
+
+    def start(command: list[str], log_file: Path) -> int:
+        overlay = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text())
+        name, steps = overlay["run"]["name"], overlay["trainer"]["max_steps"]
+        log.append(name)
+        if fail and name.startswith(fail):
+            log_file.write_text("error: it broke\n")
+            return 1
+        model = overlay.get("model", {})
+        work = math.prod(PART[part] for part in model.get("parts", {}))
+        lr = model.get("lr", 1.0)
+        loss = 2.0 - 0.15 * math.log(steps / work) + 0.05 * math.log(lr) ** 2 + 0.001 * (overlay["seed_everything"] % 3)
+        folder = Path(overlay["run"]["root"]) / name / "id"
+        folder.mkdir(parents=True)
+        seconds = {"train": steps * 0.3, "validation": 5.0, "other": 0.0}
+        spent = sum(seconds.values())
+        summary = {
+            "val_bits_per_byte": loss,
+            "tokens_seen": steps * 1024,
+            "flops": steps * 4e9 * model.get("price", 1.0),
+        }
+        summary |= {"seconds": spent, "seconds_by_phase": seconds, "train_cpu_seconds": steps * 0.1, "threads": 1}
+        summary |= {"joules": 10 * spent, "dollars": spent / 1e5, "assumption": "cpu: 10 W", "global_step": steps}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    return start
+
+
+def part(name: str) -> Arm:
+    return Arm(name, options={"model": {"parts": {name: True}}})
+
+
+STUDY = Study("?", 1000, parts=[part("a"), part("b"), part("c")], seeds=[1, 2], margin=0.02)
+
+
+def test_a_recipe_makes_all_alone_and_without() -> None:
+    names = [arm.name for arm in STUDY.all_arms()]
+    assert names == ["base", "recipe", "only-a", "only-b", "only-c", "without-a", "without-b", "without-c"]
+    options = {arm.name: arm.options for arm in STUDY.all_arms()}
+    assert options["recipe"] == {"model": {"parts": {"a": True, "b": True, "c": True}}}
+    assert options["without-b"] == {"model": {"parts": {"a": True, "c": True}}}
+
+
+def test_the_engine_finds_what_was_planted(tmp_path: Path) -> None:
+    log: list[str] = []
+    runs = StudyRuns("s", STUDY, tmp_path, start=fake_train(log))
+    results = runs.all(jobs=2)
+    assert len(log) == len(set(log))
+    points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
+    findings = compare(STUDY, points)
+    found = {f.arm: f.ratios for f in findings}
+    for axis in ("tokens", "flops", "seconds", "joules", "dollars"):
+        assert found["only-a"][axis].estimate == pytest.approx(0.8, rel=1e-3)
+        assert found["recipe"][axis].estimate == pytest.approx(0.72, rel=1e-3)
+        assert found["only-a"][axis].verdict == "saves" and found["only-c"][axis].verdict == "ties"
+    effects, product = recipe_effects(STUDY, findings)
+    assert [effect.within["flops"] for effect in effects] == pytest.approx([0.8, 0.9, 1.0], rel=1e-3)
+    assert product["flops"] == pytest.approx(0.72, rel=1e-3)
+    # A CPU's training seconds are the processor's, the clock's 0.3 a step are not; validation is left out.
+    assert points["base"][1][0][1].costs["seconds"] == pytest.approx(100.0)
+    text = markdown("s", STUDY, points, findings, conditions(results, 2), runs.sweeps, runs.failures)
+    assert "| only-a | **saves** 0.80 [0.80, 0.80]" in text and "| only-c | **ties** 1.00" in text
+    assert "3.00 times as many training seconds" in text
+    paths = write_report(tmp_path, "s", STUDY, points, findings, text)
+    assert paths["figure"].stat().st_size > 10_000
+    figure = forest_figure("s", findings, "base", 0.02)
+    assert [axis.get_xlabel() for axis in figure.axes] == [
+        "tokens = FLOPs = seconds = joules = dollars\n/ those of base"
+    ]
+
+
+def test_a_second_start_makes_nothing_and_a_report_needs_no_run(tmp_path: Path) -> None:
+    log: list[str] = []
+    StudyRuns("s", STUDY, tmp_path, start=fake_train(log)).all()
+    again = StudyRuns("s", STUDY, tmp_path, start=None)
+    assert again.all()["recipe"].keys() == {1, 2} and not again.failures and again.made == 0
+    shorter = StudyRuns("s", Study("?", 700, arms=[part("a")], seeds=[1]), tmp_path, start=None)
+    assert shorter.all() == {"base": {}, "a": {}}  # other steps are other runs
+
+
+def test_what_a_failed_arm_leaves(tmp_path: Path) -> None:
+    log: list[str] = []
+    runs = StudyRuns("s", STUDY, tmp_path, start=fake_train(log, fail="only-b"))
+    results = runs.all()
+    assert results["only-b"] == {} and "error: it broke" in runs.failures.values()
+    points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
+    findings = compare(STUDY, points)
+    (finding,) = [f for f in findings if f.arm == "only-b"]
+    assert finding.ratios == {} and finding.note == "2 of 2 seeds failed"
+    assert "| not known |" in markdown("s", STUDY, points, findings, [], {}, runs.failures)
+
+
+def test_a_sweep_chooses_for_the_baseline_and_for_arms_without_their_own(tmp_path: Path) -> None:
+    tune = Tune("model.lr", [0.5, 1.1, 3.0])
+    own = Arm("own", tune=Tune("model.lr", [0.9, 5.0], seed=77))
+    study = Study("?", 1000, base=Arm("base", tune=tune), arms=[part("a"), own], seeds=[1])
+    runs = StudyRuns("s", study, tmp_path, start=fake_train([]))
+    results = runs.all()
+    assert runs.tuned == {"base": {"model.lr": 1.1}, "own": {"model.lr": 0.9}}
+    used = {arm: results[arm][1][0].spec.overlay["model"]["lr"] for arm in results}
+    assert used == {"base": 1.1, "a": 1.1, "own": 0.9}
+
+
+def test_a_control_of_equal_flops_has_that_length(tmp_path: Path) -> None:
+    dear = Arm("dear", options={"model": {"price": 0.6}}, controls=["equal"])
+    study = Study("?", 1000, arms=[dear, Arm("equal", equal=Equal("dear"))], seeds=[1, 2])
+    results = StudyRuns("s", study, tmp_path, start=fake_train([])).all()
+    assert [r.spec.steps for r in results["equal"][1]] == [600]
+    points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
+    against = next(f for f in compare(study, points) if f.reference == "equal")
+    assert against.ratios == {} and against.loss is not None
+    assert against.loss[0] == pytest.approx(-0.15 * math.log(1 / 0.6))  # it sees more tokens for as many FLOPs
+
+
+def test_an_arm_that_never_gets_there_is_a_bound(tmp_path: Path) -> None:
+    slow = Arm("slow", options={"model": {"lr": 20.0}})
+    study = Study("?", 1000, arms=[slow], seeds=[1, 2, 3])
+    results = StudyRuns("s", study, tmp_path, start=fake_train([])).all()
+    points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
+    (finding,) = compare(study, points)
+    assert finding.ratios["flops"].bound == "at least" and finding.ratios["flops"].verdict == "costs"
+    assert finding.ratios["flops"].low == pytest.approx(1.4) and math.isinf(finding.ratios["flops"].high)
+
+
+def test_overlays_merge_as_the_command_line_merges_them() -> None:
+    adamw = {"optimizer": {"class_path": "A", "init_args": {"lr": 1, "fused": True}}}
+    assert merge(adamw, {"optimizer": {"lr": 2}}) == {
+        "optimizer": {"class_path": "A", "init_args": {"lr": 2, "fused": True}}
+    }
+    muon = {"optimizer": {"class_path": "B", "init_args": {"lr": 3}}}
+    assert merge(adamw, muon) == muon
+    assert merge({"moe": {"top_k": 2}}, {"moe": None}) == {"moe": None}
+    assert merge({"moe": None}, {"moe": {"top_k": 2}}) == {"moe": {"top_k": 2}}
+    assert merge({"callbacks+": [1]}, {"callbacks+": [2]}) == {"callbacks+": [1, 2]}
+
+
+def test_shares_follow_the_length_and_validation_comes_once() -> None:
+    arm = Arm(
+        "x", options={"freezing": {"windows": [{"start": "0.25 steps"}]}, "trainer": {"accumulate_grad_batches": 4}}
+    )
+    study = Study("?", 1000, arms=[arm])
+    tree = run_spec(study, arm, 3, 700, {}).overlay
+    assert tree["freezing"]["windows"][0]["start"] == 175
+    assert tree["trainer"] == {"accumulate_grad_batches": 4, "max_steps": 700, "val_check_interval": 2800}
+    assert tree["seed_everything"] == 3
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "message"),
+    [
+        ("question: q\nsteps: 10\n", "arms: a study needs an arm"),
+        ("question: q\nsteps: 10\narms: [{name: A b}]\n", "name an arm with lower-case"),
+        ("question: q\nsteps: 10\narms: [{name: a, controls: [b]}]\n", "there is no other arm 'b'"),
+        ("question: q\nsteps: 10\narms: [{name: a, start: 0.9}]\n", "start 0.9 is none of the lengths"),
+        ("question: q\nsteps: 10\nseeds: [1, 1]\narms: [{name: a}]\n", "each once"),
+        ("question: q\nsteps: 10\narms: [{name: a}, {name: a}]\n", "a stands there twice"),
+        ("- 1\n", "must hold a study's keys"),
+    ],
+)
+def test_a_faulty_study_is_refused(yaml_text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml_text)
+    with pytest.raises(Exception, match=message):
+        read_study(str(tmp_path / "s.yaml"))
+    with pytest.raises(UserError, match="no file"):
+        read_study("nowhere.yaml")
