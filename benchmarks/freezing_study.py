@@ -1,6 +1,8 @@
 """Freezing against its fair controls: shorter unfrozen runs of equal FLOPs and of equal seconds, paired by seed.
 
-    python benchmarks/freezing_study.py 040_freezing_prefix OUT [--seeds 5] [-- further options of train.py]
+    python benchmarks/freezing_study.py 040_freezing_prefix OUT [--seeds 5] [--control "OPTIONS"] [-- options]
+
+Options are those of train.py; those of --control are for the unfrozen runs alone (a learning rate of their own).
 
 Per seed four runs of train.py: frozen, full (unfrozen, as many steps), and unfrozen for as many steps as cost the
 frozen run's FLOPs, and its seconds. Seconds are processor seconds less those of a run of one step, medians over the
@@ -14,14 +16,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
+import shlex
 import statistics
-import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from frugal.cli.train import main as train
 
 ROOT = Path(__file__).resolve().parent.parent
 # Student's t, 97.5%, by degrees of freedom (n - 1 pairs).
@@ -31,25 +36,21 @@ T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 def run(out: Path, name: str, seed: int, options: list[str]) -> dict[str, Any]:
     """The summary of a run, which is started or continued only if it has not finished.
 
-    `cpu_seconds` are the processor seconds of its process; None for a run that was interrupted.
+    `cpu_seconds` are the processor seconds that it took; None for a run that was interrupted.
     """
     found = sorted((out / "runs" / name).glob("*/summary.json"))
     if not found:
-        command = [sys.executable, str(ROOT / "train.py"), "fit", *options, "--run.name", name, "--ckpt_path", "last"]
-        command += ["--run.root", str(out / "runs"), "--run.wandb", "disabled", "--seed_everything", str(seed)]
+        command = ["fit", *options, "--run.name", name, "--ckpt_path", "last", "--run.root", str(out / "runs")]
+        command += ["--run.wandb", "disabled", "--seed_everything", str(seed)]
         fresh = not (out / "runs" / name).exists()
-        before = _children_seconds()
-        subprocess.run(command, check=True, cwd=ROOT)
+        os.chdir(ROOT)
+        before = time.process_time()
+        train(command)
         found = sorted((out / "runs" / name).glob("*/summary.json"))
         if fresh:
-            (found[-1].parent / "cpu_seconds").write_text(str(_children_seconds() - before))
+            (found[-1].parent / "cpu_seconds").write_text(str(time.process_time() - before))
     spent = found[-1].parent / "cpu_seconds"
     return {**json.loads(found[-1].read_text()), "cpu_seconds": float(spent.read_text()) if spent.exists() else None}
-
-
-def _children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def own_and_forwarded(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -85,12 +86,13 @@ def main() -> None:
     parser.add_argument("experiment")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11))
+    parser.add_argument("--control", default="", type=shlex.split)
     ours, options = own_and_forwarded(sys.argv[1:])
     args = parser.parse_args(ours)
     out = args.out.resolve()
     overlay = ["--config", str(ROOT / "configs" / "experiments" / f"{args.experiment}.yaml")]
     off = ["--freezing.windows", "null", "--freezing.prefix", "null", "--freezing.importance", "null"]
-    off += ["--freezing.experts", "null"]
+    off += ["--freezing.experts", "null", "--model.lora", "null", *args.control]
     steps = steps_of(options, args.experiment)
     seeds = range(1, args.seeds + 1)
 
@@ -101,8 +103,8 @@ def main() -> None:
         run_name = f"full-{steps}" if name == "full" else f"{args.experiment}-{name.replace(' ', '-')}"
         return run(out, f"{run_name}-{seed}", seed, own)
 
-    rows = [{name: arm(name, seed) for name in ("frozen", "full")} for seed in seeds]
     start_up = arm("one step", 1, 1 / steps)["cpu_seconds"]
+    rows = [{name: arm(name, seed) for name in ("frozen", "full")} for seed in seeds]
     ratios = [
         (row["frozen"]["cpu_seconds"] - start_up) / (row["full"]["cpu_seconds"] - start_up)
         for row in rows

@@ -78,7 +78,7 @@ def main() -> None:
         steps = round(args.steps * length)
         options = [*ARMS[arm][0], "--model.optimizer.lr", str(lr), *forwarded]
         options += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
-        return run(args.out, f"{arm}_{lr:g}_{steps}_{seed}", seed, options)
+        return run(args.out.resolve(), f"{arm}_{lr:g}_{steps}_{seed}", seed, options)
 
     lines = ["| arm | learning rate | bits per byte | |", "| --- | --- | --- | --- |"]
     best: dict[str, float] = {}

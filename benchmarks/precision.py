@@ -29,9 +29,11 @@ def main() -> None:
     args = parser.parse_args(argv)
     steps = ["--trainer.max_steps", str(args.steps), "--trainer.val_check_interval", str(args.steps)]
 
+    out = args.out.resolve()
+
     def results(precision: str) -> list[dict[str, Any]]:
         options = [*steps, "--trainer.precision", precision, *forwarded]
-        return [run(args.out, f"{precision}_{args.steps}_{seed}", seed, options) for seed in range(1, args.seeds + 1)]
+        return [run(out, f"{precision}_{args.steps}_{seed}", seed, options) for seed in range(1, args.seeds + 1)]
 
     base = results("32-true")
     losses = [r["val_bits_per_byte"] for r in base]
