@@ -95,3 +95,28 @@ def test_a_group_has_a_rate_and_a_decay_of_its_own(train: Train) -> None:
     assert {group["name"]: group["weight_decay"] for group in state["param_groups"]}[
         "embeddings and routers of embedding"
     ] == 0
+
+
+def test_a_ramp_of_batch_sizes_counts_right_and_resumes_exactly(
+    resumes_exactly: Callable[..., tuple[Path, Path]], train: Train, capsys: pytest.CaptureFixture
+) -> None:
+    """Stages change before, at and after the checkpoint of step 6; a mixture of lengths goes by the same steps."""
+    ramp = '[{"start": 0, "batch_size": 1}, {"start": 3, "batch_size": 2}, {"start": 7, "batch_size": 5}]'
+    options = ("--data.batch_ramp", ramp, "--data.lengths", '[{"start": 0, "seq_len": 8}, {"start": 5, "seq_len": 16}]')
+    whole, _ = resumes_exactly(*options, "--trainer.accumulate_grad_batches", "2")
+    summary = json.loads((whole / "summary.json").read_text())
+    sizes = [1] * 3 + [2] * 4 + [5] * 5
+    assert summary["tokens_seen"] == 2 * 16 * sum(sizes)
+    state = torch.load(whole / "checkpoints/last.ckpt", weights_only=True)
+    assert state["TextDataModule"]["samples_seen"] == 2 * sum(sizes)
+    rates = [row["optim/lr"] for row in read_lines(whole / "metrics.jsonl") if "optim/lr" in row]
+    plain = train("fit", "--run.name", "plain")
+    expected = [row["optim/lr"] for row in read_lines(plain / "metrics.jsonl") if "optim/lr" in row]
+    assert rates == expected  # the learning rate does not follow the size
+    for wrong, said in (
+        ('[{"start": 1, "batch_size": 1}]', "starts at step 0"),
+        (ramp.replace("5", "0"), "at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            train("fit", "--data.batch_ramp", wrong)
+        assert said in (error := capsys.readouterr().err) and "data.batch_ramp[" in error

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frugal.data.batches import IGNORE, EvaluationSequences, ShardSampler, StepSampler, TrainingSequences
+from frugal.data.curriculum import BatchStage, batch_size_at
+from frugal.data.transforms.base import SampleClock
 from frugal.errors import UserError
 
 TOKENS = np.arange(1000, dtype=np.uint16)
@@ -78,3 +82,29 @@ def test_a_resumed_sampler_goes_on_where_the_other_stood() -> None:
     whole = list(StepSampler(0, 10, 3, rank=1, world_size=2))
     assert list(StepSampler(6, 10, 3, rank=1, world_size=2)) == whole[6:]
     assert len(StepSampler(6, 10, 3)) == 10  # Lightning counts the batches already done itself
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), max_size=4), st.integers(1, 3), st.integers(0, 12))
+def test_a_ramp_leaves_no_sample_out_and_resumes_anywhere(
+    stages: list[tuple[int, int]], accumulate: int, stop: int
+) -> None:
+    starts = [0, *itertools.accumulate(length for length, _ in stages)]
+    ramp = [BatchStage(start, size) for start, size in zip(starts, [2, *(size for _, size in stages)], strict=True)]
+    per_step = [2 * accumulate * batch_size_at(ramp, 0, step) for step in range(16)]  # two ranks
+    clock = SampleClock(0, 0, per_step[0], tuple((s.start, 2 * accumulate * s.batch_size) for s in ramp[1:]))
+    assert [clock.sample(step) for step in range(16)] == [sum(per_step[:step]) for step in range(16)]
+    assert [clock.at(i) for i in range(sum(per_step))] == [s for s, n in enumerate(per_step) for _ in range(n)]
+    begun = [change for change in clock.changes if change[0] <= stop]
+    later = SampleClock(
+        stop, clock.sample(stop), begun[-1][1] if begun else per_step[0], clock.changes[len(begun) :]
+    )  # a process that goes on there
+    assert all(later.at(i) == clock.at(i) for i in range(clock.sample(stop), sum(per_step)))
+
+    def batches(rank: int, start: int) -> list[list[int]]:
+        first = clock.sample(start)
+        return list(StepSampler(start * accumulate, 16 * accumulate, 9, rank, 2, first, ramp, accumulate))
+
+    whole = [batches(rank, 0) for rank in (0, 1)]
+    seen = [index for pair in zip(*whole, strict=True) for part in pair for index in part]
+    assert seen == list(range(sum(per_step)))
+    assert all(batches(rank, stop) == whole[rank][stop * accumulate :] for rank in (0, 1))

@@ -108,7 +108,7 @@ class Diagnostics(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Hold the data's stages against the learning rate."""
         data, schedule = getattr(trainer, "datamodule", None), pl_module.schedule
-        for key in ("lengths", "mixture"):
+        for key in ("lengths", "mixture", "batch_ramp"):
             starts = [stage.start for stage in getattr(data, key, None) or []]
             if len(starts) < 2:
                 continue

@@ -263,8 +263,7 @@ class AdaptiveOrder:
     def _first_sample(self, window: int) -> int:
         assert self.mixer is not None
         clock = self.mixer.clock
-        to_come = (self.config.takes_effect(window) - clock.step) * clock.samples_per_step
-        return max(0, clock.first_sample + to_come)
+        return max(0, clock.sample(self.config.takes_effect(window)))
 
     def observe(self, losses: Sequence[float]) -> dict[str, Any]:
         """Take the decision after one more window; returns its record.

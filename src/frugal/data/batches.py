@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from frugal.data.adaptive import Bands
-from frugal.data.curriculum import LengthStage, PacedOrder, length_at
+from frugal.data.curriculum import BatchStage, LengthStage, PacedOrder, batch_size_at, length_at
 from frugal.data.mixture import Mixer
 from frugal.data.transforms.base import SampleClock, TextTransforms
 from frugal.errors import UserError
@@ -193,7 +193,8 @@ class StepSampler(Sampler[list[int]]):
     """Indices of micro-batch m on rank r of w: batch_size consecutive ones, ranks side by side, batch after batch.
 
     Micro-batch `start` begins at index `first_sample`, the number of samples that all ranks have seen before it; so a
-    run resumed with another batch size or number of ranks neither repeats nor skips a sample.
+    run resumed with another batch size or number of ranks neither repeats nor skips a sample. With a ramp, the size of
+    micro-batch m is that of step m // accumulate.
 
     A run that starts at micro-batch `start` gets just what an uninterrupted run would get there, whatever the number
     of workers; the union over ranks is the same for every number of ranks at an equal global batch.
@@ -207,16 +208,20 @@ class StepSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         first_sample: int | None = None,
+        ramp: Sequence[BatchStage] = (),
+        accumulate: int = 1,
     ) -> None:
         self.start, self.stop, self.batch_size = start, stop, batch_size
+        self.ramp, self.accumulate = ramp, accumulate
         self.rank, self.world_size = rank, world_size
         self.first_sample = start * world_size * batch_size if first_sample is None else first_sample
 
     def __iter__(self) -> Iterator[list[int]]:
+        first = self.first_sample
         for batch in range(self.start, self.stop):
-            before = ((batch - self.start) * self.world_size + self.rank) * self.batch_size
-            first = self.first_sample + before
-            yield list(range(first, first + self.batch_size))
+            size = batch_size_at(self.ramp, self.batch_size, batch // self.accumulate)
+            yield list(range(first + self.rank * size, first + (self.rank + 1) * size))
+            first += self.world_size * size
 
     def __len__(self) -> int:
         """Micro-batches of the whole run: Lightning subtracts those already done itself."""

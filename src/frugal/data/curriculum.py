@@ -97,6 +97,38 @@ def length_at(stages: Sequence[LengthStage], seq_len: int, step: int) -> int:
     return next((stage.seq_len for stage in reversed(stages) if stage.start <= step), seq_len)
 
 
+@dataclass(frozen=True)
+class BatchStage:
+    """From a step on, micro-batches of so many sequences per device; it takes the place of data.batch_size.
+
+    Small batches first learn more per token while the gradient is large beside its noise (Smith et al. 2018, arXiv
+    1711.00489; McCandlish et al. 2018, arXiv 1812.06162). The learning rate does not follow.
+
+    Args:
+        start: optimizer step from which the size holds; the first stage starts at 0.
+        batch_size: sequences per micro-batch and device.
+    """
+
+    start: int
+    batch_size: int
+
+
+def check_batches(stages: Sequence[BatchStage]) -> None:
+    """Refuse stages out of order and empty batches.
+
+    Raises:
+        UserError: naming the stage.
+    """
+    check_starts("data.batch_ramp", [stage.start for stage in stages])
+    for i, stage in enumerate(stages):
+        require(stage.batch_size > 0, f"data.batch_ramp[{i}].batch_size: must be at least 1, got {stage.batch_size}")
+
+
+def batch_size_at(stages: Sequence[BatchStage], batch_size: int, step: int) -> int:
+    """Sequences per micro-batch and device at a step."""
+    return next((stage.batch_size for stage in reversed(stages) if stage.start <= step), batch_size)
+
+
 class PacedOrder:
     """A curriculum over one source: which sequence sample number `index` is at a step.
 

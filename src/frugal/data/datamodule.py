@@ -16,7 +16,15 @@ from torch.utils.data import DataLoader
 from frugal.data.adaptive import AdaptiveCurriculum, AdaptiveOrder, Bands, check_adaptive
 from frugal.data.batches import EvaluationSequences, ShardSampler, StepSampler, TimedLoader, TrainingSequences
 from frugal.data.curation.pipeline import CurationConfig
-from frugal.data.curriculum import Curriculum, LengthStage, PacedOrder, check_lengths
+from frugal.data.curriculum import (
+    BatchStage,
+    Curriculum,
+    LengthStage,
+    PacedOrder,
+    batch_size_at,
+    check_batches,
+    check_lengths,
+)
 from frugal.data.difficulty import Difficulty, Scorer, difficulty_scores
 from frugal.data.mixture import Mixer, MixtureStage, check_stages
 from frugal.data.packing import Prepared, Split, prepare
@@ -57,6 +65,7 @@ class TextDataModule(pl.LightningDataModule):
         transforms: augmentation of the training sequences, in this order; validation is never changed. What they need
             in the vocabulary is added to a newly trained tokenizer.
         curation: what training documents go through before they become tokens; null: nothing. Validation never does.
+        batch_ramp: stages of batch sizes in the place of batch_size; null: that size throughout.
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class TextDataModule(pl.LightningDataModule):
         adaptive: AdaptiveCurriculum | None = None,
         transforms: list[TextTransform] | None = None,
         curation: CurationConfig | None = None,
+        batch_ramp: list[BatchStage] | None = None,
     ) -> None:
         super().__init__()
         for key, value, least in (
@@ -98,6 +108,8 @@ class TextDataModule(pl.LightningDataModule):
         self.curation = curation
         self.curriculum, self.lengths = curriculum, lengths or []
         check_lengths(self.lengths, seq_len)
+        self.batch_ramp = batch_ramp or []
+        check_batches(self.batch_ramp)
         self.part_names = [part.called for part in source.parts()]
         own = {part.called: part.weight for part in source.parts()}
         self.mixture = mixture or [MixtureStage(0, own)]
@@ -112,7 +124,7 @@ class TextDataModule(pl.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers, self.seed, self.cache_dir = num_workers, seed, cache_dir
         self.prepared: Prepared | None = None
-        self._start_step, self._first_sample = 0, 0  # where this process began, and the samples seen until then
+        self._clock = SampleClock()  # from where this process began
         self._loaded: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
@@ -166,23 +178,30 @@ class TextDataModule(pl.LightningDataModule):
                 f"trainer.accumulate_grad_batches: the checkpoint's steps have "
                 f"{self._loaded['accumulate_grad_batches']} micro-batches; resume with that number"
             )
-        self._start_step = self.trainer.global_step
-        samples_per_step = accumulate * self.trainer.world_size * self.batch_size
-        self._first_sample = self._loaded.get("samples_seen", self._start_step * samples_per_step)
+        step, micro_batches = self.trainer.global_step, accumulate * self.trainer.world_size
+        sizes = [(stage.start, micro_batches * stage.batch_size) for stage in self.batch_ramp]
+        whole = SampleClock(0, 0, sizes[0][1] if sizes else micro_batches * self.batch_size, tuple(sizes[1:]))
+        self._clock = SampleClock(
+            step,
+            self._loaded.get("samples_seen", whole.sample(step)),
+            micro_batches * batch_size_at(self.batch_ramp, self.batch_size, step),
+            tuple(change for change in sizes if change[0] > step),
+        )
         sampler = StepSampler(
             start=self.trainer.global_step * accumulate,
             stop=self.trainer.max_steps * accumulate,
             batch_size=self.batch_size,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
-            first_sample=self._first_sample,
+            first_sample=self._clock.first_sample,
+            ramp=self.batch_ramp,
+            accumulate=accumulate,
         )
         transforms = TextTransforms(self.transforms, self.tokenizer, self.seed) if self.transforms else None
-        clock = SampleClock(self._start_step, self._first_sample, samples_per_step)
         parts = [(part.start, part.start + len(part.train)) for part in self.prepared.parts]
-        mixer = self._mixer(samples_per_step) if len(parts) > 1 else None
+        mixer = self._mixer() if len(parts) > 1 else None
         if self.adaptive:
-            mixer = self.adaptive.start(clock, self.trainer.max_steps, self.seed)
+            mixer = self.adaptive.start(self._clock, self.trainer.max_steps, self.seed)
         self.training_sequences = TrainingSequences(
             self.prepared.train,
             self.seq_len,
@@ -190,7 +209,7 @@ class TextDataModule(pl.LightningDataModule):
             parts,
             mixer,
             transforms,
-            clock,
+            self._clock,
             self._paced(),
             self.lengths,
             self.adaptive.bands if self.adaptive else None,
@@ -243,13 +262,10 @@ class TextDataModule(pl.LightningDataModule):
         """What an adaptive curriculum chooses among; empty without one."""
         return self.adaptive.names if self.adaptive else []
 
-    def _mixer(self, samples_per_step: int) -> Mixer:
+    def _mixer(self) -> Mixer:
         """Stages begin at steps; in samples that depends on the batch size, so those that have begun are remembered."""
         begun = self._loaded.get("stage_samples", [])
-        to_come = [
-            self._first_sample + (stage.start - self._start_step) * samples_per_step
-            for stage in self.mixture[len(begun) :]
-        ]
+        to_come = [self._clock.sample(stage.start) for stage in self.mixture[len(begun) :]]
         self._stage_samples = [*begun, *to_come]
         weights = [[stage.weights.get(name, 0.0) for name in self.part_names] for stage in self.mixture]
         return Mixer(self._stage_samples, weights, self.seed)
@@ -289,11 +305,10 @@ class TextDataModule(pl.LightningDataModule):
         assert self.prepared is not None
         assert self.trainer is not None
         accumulate = self.trainer.accumulate_grad_batches
-        steps = self.trainer.global_step - self._start_step
         return {
             "tokenizer": self.tokenizer.to_str(),
             "fingerprint": self.prepared.fingerprint,
-            "samples_seen": self._first_sample + steps * accumulate * self.trainer.world_size * self.batch_size,
+            "samples_seen": self._clock.sample(self.trainer.global_step),
             "accumulate_grad_batches": accumulate,
             "seed": self.seed,
             "stage_samples": self._begun(self.trainer.global_step),

@@ -49,18 +49,17 @@ def plan_of(
         points: windows looked at, evenly spread.
         samples: consecutive sequences looked at in each window.
     """
-    per_step = data.clock.samples_per_step
+    drawn = data.clock.sample(total_steps)
     steps = np.unique(np.linspace(0, total_steps - 1, min(points, total_steps)).astype(np.int64))
     quantiles, shares, lengths = [], [], []
     for step in steps.tolist():
-        first = step * per_step
-        found = [data.locate(i) for i in range(first, min(first + samples, total_steps * per_step))]
+        first = data.clock.sample(step)
+        found = [data.locate(i) for i in range(first, min(first + samples, drawn))]
         values = [_score(data, difficulty, part, start) for part, start in found]
         quantiles.append(np.quantile(values, [0.1, 0.5, 0.9]))
         parts = np.bincount([part for part, _ in found], minlength=len(data.parts))
         shares.append(parts / parts.sum())
         lengths.append(length_at(data.lengths, data.seq_len, step))
-    drawn = total_steps * per_step
     counts = data.mixer.drawn_before(drawn) if data.mixer else np.array([drawn])
     return Plan(
         steps,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -107,16 +107,34 @@ class SampleClock:
     Args:
         step: the step at which this process began.
         first_sample: samples that all ranks had seen until then.
-        samples_per_step: samples of one step, over all ranks and micro-batches.
+        samples_per_step: samples of one step, over all ranks and micro-batches, at `step`.
+        changes: later steps from which on a step has another number of samples, ascending, and that number.
     """
 
     step: int = 0
     first_sample: int = 0
     samples_per_step: int = 1
+    changes: tuple[tuple[int, int], ...] = ()
 
     def at(self, index: int) -> int:
         """The step of sample number `index`."""
-        return self.step + (index - self.first_sample) // self.samples_per_step
+        step, first, per_step = self._piece(lambda start, sample: sample <= index)
+        return step + (index - first) // per_step
+
+    def sample(self, step: int) -> int:
+        """The first sample of a step: how many all ranks have seen before it."""
+        before, first, per_step = self._piece(lambda start, sample: start <= step)
+        return first + (step - before) * per_step
+
+    def _piece(self, begun: Callable[[int, int], bool]) -> tuple[int, int, int]:
+        """Of the last change that has begun: its step, its first sample, and the samples of a step from there on."""
+        step, first, per_step = self.step, self.first_sample, self.samples_per_step
+        for start, size in self.changes:
+            sample = first + (start - step) * per_step
+            if not begun(start, sample):
+                break
+            step, first, per_step = start, sample, size
+        return step, first, per_step
 
 
 class TextTransforms:
