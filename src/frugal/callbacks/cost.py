@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from frugal.data.batches import data_ranks
 from frugal.errors import UserError
 from frugal.model.config import Frozen
 from frugal.model.linear import linear
@@ -125,7 +126,7 @@ class CostMeter(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
         """Count the micro-batch; log the speed at the end of each window."""
         rows, length = pl_module.token_shape(batch)
-        tokens = rows * length * trainer.world_size
+        tokens = rows * length * data_ranks(trainer)[1]
         key = (length, pl_module.frozen)  # what is frozen in this step costs less
         if key not in self._flops_per_token:
             self._flops_per_token[key] = pl_module.flops_per_token(length).training

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from frugal.errors import UserError
+from frugal.model.linear import local
 from frugal.tracking.run_folder import RunFolder
+from frugal.training.clipping import gradients
 from frugal.training.precision import ScaledHalf, underflow_shares
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,12 @@ def broken_parameters(module: torch.nn.Module) -> tuple[list[str], int]:
     named = list(module.named_parameters())
     if not named:
         return [], 0
-    finite = torch.stack([torch.isfinite(p.detach()).all() for _, p in named]).tolist()
+    bad = torch.stack([~torch.isfinite(local(p.detach())).all() for _, p in named]).float()
+    meshes = [p.device_mesh for _, p in named if hasattr(p, "device_mesh")]
+    if meshes:  # sharded: each process sees its own part
+        bad = bad.to(meshes[0].device_type)
+        torch.distributed.all_reduce(bad)
+    finite = (bad == 0).tolist()
     return [name for (name, _), good in zip(named, finite, strict=True) if not good], len(named)
 
 
@@ -128,7 +135,7 @@ class Diagnostics(pl.Callback):
         if not isinstance(plugin, ScaledHalf) or (trainer.global_step + 1) % trainer.log_every_n_steps:
             return
         assert plugin.scaler is not None
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = gradients(p for group in optimizer.param_groups for p in group["params"])
         scale = plugin.scaler.get_scale()
         zero, subnormal = (x.item() for x in underflow_shares(grads, scale))
         pl_module.log_dict(

@@ -30,6 +30,7 @@ from frugal.training.importance import (
     expert_mean_squares,
     routing_scores,
 )
+from frugal.training.strategies import FSDP2Strategy
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +88,15 @@ class Freezing(pl.Callback):
         if isinstance(strategy, DDPStrategy):
             strategy._ddp_kwargs["find_unused_parameters"] = True
             require(not strategy._ddp_kwargs.get("static_graph"), "trainer.strategy: freezing needs static_graph off")
+        elif isinstance(strategy, FSDP2Strategy):
+            chooses = self.experts is not None or (self.importance is not None and self.importance.unit == "expert")
+            require(
+                not chooses, "freezing: single experts cannot be frozen where trainer.strategy shards them; use ddp"
+            )
         elif not isinstance(strategy, SingleDeviceStrategy):
             raise UserError(
-                f"trainer.strategy: freezing works on one device and under DDP, not with {type(strategy).__name__}"
+                "trainer.strategy: freezing works on one device, under DDP and FSDP2, not with "
+                f"{type(strategy).__name__}"
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from frugal.data.tokenization import EOT
 from frugal.errors import UserError
@@ -46,13 +45,15 @@ class TextSamples(pl.Callback):
         """The newest sample of the first prompt, prompt included."""
         return self.rows[-len(self.prompts)][2] if self.rows else None
 
-    @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draw the samples and log the table of all so far."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # none: it does not train on text
         if trainer.sanity_checking or trainer.state.fn != "fit" or not self.prompts or self.max_new_tokens <= 0:
             return
         if tokenizer is None:
+            return
+        # Where the weights are sharded, all processes take part, and write the same.
+        if not (trainer.is_global_zero or any(hasattr(p, "to_local") for p in pl_module.parameters())):
             return
         for prompt in self.prompts:
             ids = torch.tensor([tokenizer.encode(prompt).ids or [tokenizer.token_to_id(EOT)]], device=pl_module.device)

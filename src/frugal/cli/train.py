@@ -33,6 +33,8 @@ from frugal.training.checkpointing import BestCheckpoint, LastCheckpoint, SafeCh
 from frugal.training.language_model import LanguageModel
 from frugal.training.loggers import MetricsFile, SafeWandbLogger, wandb_mode
 from frugal.training.precision import precision_plugin
+from frugal.training.sharded import is_sharded
+from frugal.training.strategies import FSDP2Strategy
 
 log = logging.getLogger(__name__)
 BASE_CONFIG = os.environ.get("FRUGAL_BASE_CONFIG", "configs/base.yaml")  # a launched run has its own copy
@@ -78,7 +80,7 @@ class FrugalCLI(LightningCLI):
             else:
                 raise UserError(f"ckpt_path: no run named {run.name} under {run.root}/ has a {wanted}.ckpt")
         elif wanted:
-            if not Path(wanted).is_file():
+            if not (Path(wanted).is_file() or is_sharded(wanted)):
                 raise UserError(f"ckpt_path: no file {wanted}")
             # Only last.ckpt is where its run stands; from any other checkpoint a new run branches off.
             branches = self.subcommand == "fit" and Path(wanted).name != "last.ckpt"
@@ -141,6 +143,9 @@ class FrugalCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
             raise error if isinstance(error, UserError) else UserError(f"trainer: {error}") from None
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            processes = trainer.num_nodes * trainer.num_devices
+            trainer.strategy.check(self.model, processes, trainer.strategy.root_device.type)
         for callback in trainer.checkpoint_callbacks:
             callback.dirpath = str(self.folder.checkpoints)  # type: ignore[attr-defined]
         if wants_logs:  # made last: loggers create the run's folder

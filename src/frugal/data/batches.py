@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,15 @@ from frugal.data.transforms.base import SampleClock, TextTransforms
 from frugal.errors import UserError
 
 IGNORE = -100
+
+
+def data_ranks(trainer: Any) -> tuple[int, int]:
+    """This process's rank among those that see different data, and how many there are.
+
+    Processes that split the matrices (tensor parallelism) see the same batches and have the same rank.
+    """
+    kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+    return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
 
 class TrainingSequences(Dataset[dict[str, Tensor]]):

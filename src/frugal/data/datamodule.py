@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from frugal.data.adaptive import AdaptiveCurriculum, AdaptiveOrder, Bands, check_adaptive
-from frugal.data.batches import EvaluationSequences, ShardSampler, StepSampler, TimedLoader, TrainingSequences
+from frugal.data.batches import (
+    EvaluationSequences,
+    ShardSampler,
+    StepSampler,
+    TimedLoader,
+    TrainingSequences,
+    data_ranks,
+)
 from frugal.data.curation.pipeline import CurationConfig
 from frugal.data.curriculum import (
     BatchStage,
@@ -178,7 +185,8 @@ class TextDataModule(pl.LightningDataModule):
                 f"trainer.accumulate_grad_batches: the checkpoint's steps have "
                 f"{self._loaded['accumulate_grad_batches']} micro-batches; resume with that number"
             )
-        step, micro_batches = self.trainer.global_step, accumulate * self.trainer.world_size
+        rank, ranks = data_ranks(self.trainer)
+        step, micro_batches = self.trainer.global_step, accumulate * ranks
         sizes = [(stage.start, micro_batches * stage.batch_size) for stage in self.batch_ramp]
         whole = SampleClock(0, 0, sizes[0][1] if sizes else micro_batches * self.batch_size, tuple(sizes[1:]))
         self._clock = SampleClock(
@@ -191,8 +199,8 @@ class TextDataModule(pl.LightningDataModule):
             start=self.trainer.global_step * accumulate,
             stop=self.trainer.max_steps * accumulate,
             batch_size=self.batch_size,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=rank,
+            world_size=ranks,
             first_sample=self._clock.first_sample,
             ramp=self.batch_ramp,
             accumulate=accumulate,
@@ -275,7 +283,7 @@ class TextDataModule(pl.LightningDataModule):
         assert self.prepared is not None and self.trainer is not None
         ends = np.cumsum([len(part.val) for part in self.prepared.parts]).tolist()
         dataset = EvaluationSequences(self.prepared.val, self.seq_len, ends)
-        sampler = ShardSampler(len(dataset), self.eval_batch_size, self.trainer.global_rank, self.trainer.world_size)
+        sampler = ShardSampler(len(dataset), self.eval_batch_size, *data_ranks(self.trainer))
         return self._loader(dataset, sampler)
 
     def test_dataloader(self) -> DataLoader:

@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from frugal.model.config import TransformerConfig
+from frugal.model.expert_parallel import exchanged, own_share
 from frugal.model.grouped import dispatch, grouped_nt, grouped_tn, grouped_tn_some
+from frugal.model.linear import local
 
 
 class Routing(NamedTuple):
@@ -104,7 +107,8 @@ class _GroupedSwiGLU(torch.autograd.Function):
 class Experts(nn.Module):
     """E SwiGLU experts, stacked as Hugging Face stacks them: w13 [E, 2I, D] (gate over up), w2 [E, D, I].
 
-    With `trained` set and the stacks frozen, gradients are taken for those experts alone.
+    With `trained` set and the stacks frozen, gradients are taken for those experts alone. With `mesh` set
+    (`frugal.model.parallelize`), this process holds a part of the stacks, in order of rank.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -113,21 +117,36 @@ class Experts(nn.Module):
         moe = config.moe
         self.w13 = nn.Parameter(torch.empty(moe.n_experts, 2 * moe.d_expert, config.d_model))
         self.w2 = nn.Parameter(torch.empty(moe.n_experts, config.d_model, moe.d_expert))
+        self.n_experts = moe.n_experts
         self.trained: TrainedExperts | None = None
+        self.mesh: DeviceMesh | None = None
+        self.same_tokens = False  # whether the processes of the mesh have the same tokens
 
     def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of each token's experts [T, D], and how many rows each expert got [E]."""
-        order_N, inverse_N, ends_E = dispatch(routing.experts_TK, self.w13.shape[0])
+        """Return the weighted sum of each token's experts [T, D], and how many rows each expert got [E].
+
+        Where the stacks are spread over processes with the same tokens, the sum is over this process's experts only.
+        """
+        if self.mesh is None:
+            return self._compute(x_TD, *routing, self.n_experts)
+
+        def own(x_RD: Tensor, weights_R1: Tensor, experts_R1: Tensor) -> Tensor:
+            return self._compute(x_RD, weights_R1, experts_R1, local(self.w13).shape[0])[0]
+
+        if self.same_tokens:
+            return own_share(own, x_TD, *routing, self.n_experts, self.mesh.get_local_rank(), self.mesh.size())
+        return exchanged(own, x_TD, *routing, self.n_experts, self.mesh.get_group())
+
+    def _compute(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+        """The experts whose stacks are here, numbered from 0."""
+        order_N, inverse_N, ends_E = dispatch(experts_TK, n_experts)
         load_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
-        w13: Tensor = self.w13
-        w2: Tensor = self.w2
+        w13, w2 = local(self.w13), local(self.w2)
         if torch.is_autocast_enabled(x_TD.device.type):
             dtype = torch.get_autocast_dtype(x_TD.device.type)
             x_TD, w13, w2 = x_TD.to(dtype), w13.to(dtype), w2.to(dtype)
         index_S, w13_SHD, w2_SDI = self.trained or (None, None, None)
         if w13_SHD is not None and w2_SDI is not None and torch.is_autocast_enabled(x_TD.device.type):
             w13_SHD, w2_SDI = w13_SHD.to(w13.dtype), w2_SDI.to(w2.dtype)
-        out_TD = _GroupedSwiGLU.apply(
-            x_TD, w13, w2, routing.weights_TK, order_N, inverse_N, ends_E, index_S, w13_SHD, w2_SDI
-        )
+        out_TD = _GroupedSwiGLU.apply(x_TD, w13, w2, weights_TK, order_N, inverse_N, ends_E, index_S, w13_SHD, w2_SDI)
         return out_TD, load_E

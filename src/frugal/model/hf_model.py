@@ -101,6 +101,8 @@ def _read_values(values: str) -> tuple[Any, int]:
 class HFModel(nn.Module):
     """Token ids [B, T] -> logits [B, T, V], by whatever architecture the config names."""
 
+    shared_by = (0, 1)  # as `Transformer` has it
+
     def __init__(self, config: Any, max_seq_len: int | None = None) -> None:
         from transformers import AutoModelForCausalLM
 

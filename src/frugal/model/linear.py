@@ -117,6 +117,11 @@ class _OneDNNLinear(torch.autograd.Function):
         return grad_x, grad_weight
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is spread over processes (a DTensor); any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def linear(x: Tensor, weight_JK: Tensor) -> Tensor:
     """[..., K] -> [..., J] without a bias, by whichever library is faster on this machine."""
     if suits_onednn(x, weight_JK):
@@ -131,9 +136,9 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        return linear(x, self.weight)
+        """[..., in_features] -> [..., out_features]; of a part of the weight, its part of the product."""
+        return linear(x, local(self.weight))
 
     def full_weight(self) -> Tensor:
         """The matrix that `forward` multiplies with, [out_features, in_features]."""
-        return self.weight
+        return local(self.weight)

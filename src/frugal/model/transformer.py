@@ -6,8 +6,8 @@ Shape letters: B batch, T tokens, D d_model, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from frugal.model.mtp import MTPModule
 from frugal.model.rope import rotary_table
 from frugal.model.router import Router
 from frugal.model.sharing import LowRankLinear, add_low_rank, shared_layers, tie_blocks
+
+Result = TypeVar("Result")
 
 
 class Block(nn.Module):
@@ -50,6 +52,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.shared_by = (0, 1)  # rank and number of the processes that share every batch (tensor parallelism)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -90,6 +93,10 @@ class Transformer(nn.Module):
                 owner = self.get_submodule(name.rpartition(".")[0])
                 owner._buffers[name.rpartition(".")[2]] = exact[name].to(moved.device)
         return self
+
+    def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function that uses the weights: where they are sharded, they are gathered around it."""
+        return function(*args)
 
     def hidden(self, ids_BT: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Final normalised hidden states [B, T, D]: what the head turns into logits."""

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from frugal.errors import UserError
 from frugal.training.optim import use_averages
+from frugal.training.sharded import consolidated, is_sharded
 from frugal.training.stopping import StopFlag, Stopped
 
 
@@ -34,14 +35,18 @@ def checkpoint_file(checkpoint: str) -> Path:
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", key: str = "ckpt_path") -> dict[str, Any]:
     """Load a checkpoint of tensors and plain types; anything else is refused, never executed.
 
+    A folder of shards is put together in memory.
+
     Args:
-        path: the file.
+        path: the file or folder.
         map_location: where its tensors go.
         key: what a refusal names.
 
     Raises:
         UserError: the file is missing, truncated, no checkpoint, or holds more than tensors and plain types.
     """
+    if is_sharded(path):
+        return consolidated(path)
     if not Path(path).is_file():
         raise UserError(f"{key}: no file {path}")
     try:

@@ -157,16 +157,28 @@ class LanguageModel(TrainingModule):
         if self.lora is not None and self.lora.dropout:
             self._seed_dropout()
         nats, extra, nll_BT = self._nats(batch)
+        mine_BT = self._mine(labels)
         if "groups" in batch:
-            self._add_groups(nll_BT.sum(dim=1), (labels != IGNORE).sum(dim=1), batch["groups"])
-        return self._micro_batch_loss(nats, (labels != IGNORE).sum(), labels.numel(), extra)
+            self._add_groups(nll_BT.sum(dim=1), (mine_BT != IGNORE).sum(dim=1), batch["groups"])
+        return self._micro_batch_loss(nats, (mine_BT != IGNORE).sum(), labels.numel(), extra)
 
     def _nats(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
         """Of one micro-batch: the summed loss in nats, what multi-token prediction adds, each label's loss [B, T]."""
         assert self.model is not None
+        return self.model.run(self._losses, batch)
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+        assert self.model is not None
         hidden, head = self.model.hidden(batch["input_ids"]), self.model.head.weight
-        nats, nll_BT = sum_and_nll(hidden, head, batch["labels"], self.loss_chunk, fuse=self.compile_blocks)
+        mine, labels = self._mine(hidden), self._mine(batch["labels"])
+        nats, nll_BT = sum_and_nll(mine, head, labels, self.loss_chunk, fuse=self.compile_blocks)
         return nats, self._mtp_nats(hidden, batch) if self.config.n_mtp else None, nll_BT
+
+    def _mine(self, x_BT: Tensor) -> Tensor:
+        """The positions whose loss this process takes: all, unless processes share a batch."""
+        assert self.model is not None
+        rank, size = self.model.shared_by
+        return x_BT.tensor_split(size, dim=1)[rank] if size > 1 else x_BT
 
     def _mtp_nats(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The weighted sum of the modules' losses (DeepSeek-V3, eq. 24 and 25)."""
@@ -174,7 +186,7 @@ class LanguageModel(TrainingModule):
         weight = self.mtp_loss_weight.at(self.trainer.global_step, self.trainer.max_steps) / self.config.n_mtp
         sums, weighted = [], hidden.new_zeros(())
         for k, ahead in enumerate(self.model.mtp_hidden(hidden, batch["input_ids"]), start=1):
-            labels = batch["labels"][:, k:]
+            ahead, labels = self._mine(ahead), self._mine(batch["labels"][:, k:])
             nats = summed_nll(ahead, self.model.head.weight, labels, self.loss_chunk, fuse=self.compile_blocks)
             sums.append(torch.stack((nats.detach(), (labels != IGNORE).sum().to(nats.dtype))))
             weighted = weighted + nats * weight

@@ -18,6 +18,7 @@ from torch import Tensor
 from frugal.errors import UserError
 from frugal.model.config import Counts, Flops, Frozen
 from frugal.schedule import WarmupStableDecay
+from frugal.training.clipping import clip_gradients, gradients
 from frugal.training.lora import LoRA, add_adapters, require_peft
 from frugal.training.muon import Muon
 from frugal.training.optim import (
@@ -141,7 +142,8 @@ class TrainingModule(pl.LightningModule):
         loss = (nats if extra is None else nats + extra) / self._micro_positions
         router_loss = self.model.take_router_loss()
         if router_loss is not None:  # a mean over this micro-batch: weigh it by its share of the step's positions
-            loss = loss + router_loss * (positions / self._micro_positions)
+            # Of processes that share a batch each has the same one.
+            loss = loss + router_loss * (positions / self._micro_positions / self._sharing)
             self.log("train/router_loss", router_loss.detach())
         return loss
 
@@ -199,16 +201,21 @@ class TrainingModule(pl.LightningModule):
         sums, groups, *loads = totals[2:].split([sums.numel(), groups.numel(), *(len(x) for x in loads)])
         self.step_groups = groups.view(2, -1) if len(groups) else None
         for moe, load in zip(self.model.moe_layers().values(), loads, strict=True):
-            moe.load.copy_(load)
+            moe.load.copy_(load / self._sharing)
         for name, (total, count) in zip(self.sums, sums.view(-1, 2), strict=False):
             self.log(f"train/{name}", total / count.clamp_min(1))
-        scale = self._step_positions * self.trainer.world_size / valid.clamp_min(1)
-        grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
-        torch._foreach_mul_(grads, scale)
+        averaged_over = 1 if _are_sharded(optimizer) else self.trainer.world_size  # sharded gradients are sums
+        scale = self._step_positions * averaged_over / valid.clamp_min(1)
+        torch._foreach_mul_(gradients(_parameters(optimizer)), scale)
         self.log("train/loss", nats / valid, prog_bar=True)
         self.step_nats = nats
         self._step_nats, self._step_valid, self._step_sums, self._step_positions = None, None, None, 0
         self._step_groups = None
+
+    @property
+    def _sharing(self) -> int:
+        """How many processes share every batch (tensor parallelism)."""
+        return int(getattr(self.model, "shared_by", (0, 1))[1])
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks."""
@@ -221,13 +228,9 @@ class TrainingModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the global norm (or by value, as trainer.gradient_clip_algorithm says); log the norm before it."""
-        by_value = gradient_clip_algorithm == "value"
         parameters = _parameters(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(
-            parameters, float("inf") if by_value else gradient_clip_val or float("inf")
-        )
-        if by_value and gradient_clip_val:
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        reduce_sum = self.all_reduce_sum if _are_sharded(optimizer) else None
+        norm = clip_gradients(parameters, gradient_clip_val, gradient_clip_algorithm == "value", reduce_sum)
         self.grad_norm = norm.detach()
         self.log("optim/grad_norm", norm)
         if self.skip_spikes is not None:
@@ -310,6 +313,10 @@ class TrainingModule(pl.LightningModule):
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What the optimizer steps; while experts train alone, their slices and not the stacks."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _are_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    return any(hasattr(p, "to_local") for p in _parameters(optimizer))
 
 
 def shape_differences(theirs: Any, ours: Any, key: str) -> list[str]:

@@ -11,11 +11,28 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from frugal.errors import UserError
+from frugal.model.linear import local
 
 log = logging.getLogger(__name__)
 SUPPORTED = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true")
 # The smallest normal float16; below it numbers lose digits, below 2^-25 they become zero.
 HALF_MIN_NORMAL = 2.0**-14
+
+
+class _GradScaler(torch.amp.GradScaler):
+    """Looks at this process's part of sharded gradients, and lets every process know what any has found."""
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not any(hasattr(grad, "to_local") for grad in grads):
+            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        found = found_inf.clone()
+        parts = [local(grad) for grad in grads]
+        torch._amp_foreach_non_finite_check_and_unscale_(parts, found, inv_scale)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return {found.device: found}
 
 
 class ScaledHalf(MixedPrecision):
@@ -34,7 +51,7 @@ class ScaledHalf(MixedPrecision):
     """
 
     def __init__(self, device: str, init_scale: float = 2.0**16, growth_interval: int = 2000) -> None:
-        scaler = torch.amp.GradScaler(device, init_scale=init_scale, growth_interval=growth_interval)
+        scaler = _GradScaler(device, init_scale=init_scale, growth_interval=growth_interval)
         super().__init__("16-mixed", device, scaler)
         self.skipped = torch.zeros((), dtype=torch.int64)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64)
@@ -110,6 +127,8 @@ def underflow_shares(grads: Iterable[Tensor], scale: Tensor | float) -> tuple[Te
     """
     totals: Tensor | None = None
     for grad in grads:
+        if grad.numel() == 0:  # this process's part of a sharded one
+            continue
         rows = grad.detach().abs().reshape(-1, grad.shape[-1] if grad.ndim else 1)
         here = (rows != 0).any(dim=1, keepdim=True)
         zero = ((rows == 0) & here).sum()
