@@ -29,7 +29,7 @@ from frugal.cli.memory import keep_freed_memory
 from frugal.data.datamodule import TextDataModule
 from frugal.errors import UserError
 from frugal.tracking.run_folder import RunConfig, RunFolder, folder_of, new_run, newest_run
-from frugal.training.checkpointing import BestCheckpoint, LastCheckpoint, SafeCheckpointIO
+from frugal.training.checkpointing import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, good_checkpoint
 from frugal.training.language_model import LanguageModel
 from frugal.training.loggers import MetricsFile, SafeWandbLogger, wandb_mode
 from frugal.training.precision import precision_plugin
@@ -71,7 +71,8 @@ class FrugalCLI(LightningCLI):
         if wanted in ("last", "best"):
             earlier = newest_run(run, f"{wanted}.ckpt")
             if earlier is not None:
-                config.ckpt_path = str(earlier.checkpoints / f"{wanted}.ckpt")
+                checkpoint = good_checkpoint(earlier) if wanted == "last" else earlier.checkpoints / "best.ckpt"
+                config.ckpt_path = str(checkpoint)
                 if self.subcommand == "fit" and wanted == "best":
                     earlier = None  # a new run branches off
             elif self.subcommand == "fit":

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from frugal.cli.checkpoints import inspect_, verify
 from frugal.cli.curate import curate
 from frugal.cli.errors import one_line_errors
 from frugal.cli.launch import cancel, local, status
@@ -66,6 +67,7 @@ VERBS: dict[str, Callable[..., None]] = {
 # Verbs of two words.
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "launch": {"local": local, "status": status, "cancel": cancel},
+    "ckpt": {"inspect": inspect_, "verify": verify},
 }
 
 

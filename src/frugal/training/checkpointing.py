@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
+import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from frugal.errors import UserError
+from frugal.tracking.run_folder import RunFolder
+from frugal.training.checksums import damage, is_sealed, write_sealed
 from frugal.training.optim import use_averages
 from frugal.training.sharded import consolidated, is_sharded
 from frugal.training.stopping import StopFlag, Stopped
@@ -32,6 +38,9 @@ def checkpoint_file(checkpoint: str) -> Path:
     raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt in this folder")
 
 
+log = logging.getLogger(__name__)
+
+
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", key: str = "ckpt_path") -> dict[str, Any]:
     """Load a checkpoint of tensors and plain types; anything else is refused, never executed.
 
@@ -49,6 +58,8 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", key: str = "ckp
         return consolidated(path)
     if not Path(path).is_file():
         raise UserError(f"{key}: no file {path}")
+    if wrong := is_sealed(Path(path)) and damage(Path(path)):
+        raise UserError(f"ckpt_path: {path} is damaged ({wrong}); use another one of the same run")
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:  # torch's own advice here is to trust the file; ours is not to
@@ -62,8 +73,61 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", key: str = "ckp
     return content
 
 
+def good_checkpoint(folder: RunFolder) -> Path:
+    """The newest undamaged state of a run: `last.ckpt`, or what was kept of before, or `best.ckpt`.
+
+    Raises:
+        UserError: there is none.
+    """
+    kept = sorted(folder.checkpoints.glob("last.*.ckpt"), key=lambda path: int(path.suffixes[0][1:]))
+    wrongs = []
+    for path in [folder.checkpoints / "last.ckpt", *kept, folder.checkpoints / "best.ckpt"]:
+        if path.exists() and (wrong := damage(path)):
+            wrongs.append(f"{path} is damaged ({wrong})")
+        elif path.exists():
+            if wrongs:
+                log.warning("%s; going on from %s", "; ".join(wrongs), path.name)
+            return path
+    raise UserError(f"ckpt_path: {'; '.join(wrongs)}; no other checkpoint of the run is left")
+
+
+def keep_copies(path: Path, keep: int) -> None:
+    """Before `last.ckpt` is written anew, keep what is there as `last.1.ckpt`, the one before as `last.2.ckpt`, ...
+
+    Links, not copies: it costs no time, and `last.ckpt` is there at every moment.
+
+    Args:
+        path: the checkpoint, a file or a folder of shards.
+        keep: how many states are to be there once the new one is written.
+    """
+    if keep < 2 or not path.exists():
+        return
+    places = [path, *(path.with_suffix(f".{i}.ckpt") for i in range(1, keep))]
+    if places[-1].is_dir():
+        shutil.rmtree(places[-1])
+    for older, newer in reversed(list(itertools.pairwise(places))[1:]):  # pairs (last.1, last.2), ...
+        if older.exists():
+            older.replace(newer)
+    if path.is_dir():
+        shutil.copytree(path, places[1], copy_function=_link)
+    else:
+        _link(path, places[1])
+
+
+def _link(source: Any, target: Any) -> None:
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint reader with one-line errors, restricted to tensors and plain types."""
+    """Checkpoints of tensors and plain types, written whole and with a checksum; faults are one line."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Save on behalf of the Trainer."""
+        write_sealed(checkpoint, Path(path))
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
@@ -90,9 +154,13 @@ class LastCheckpoint(_UsableCheckpoint):
 
     Args:
         every_n_steps: optimizer steps between two checkpoints; what a crash can cost at most.
+        keep: how many states to keep, `last.ckpt`, `last.1.ckpt`, ...: should the newest be damaged, a run goes on from
+            the one before.
     """
 
-    def __init__(self, every_n_steps: int = 100) -> None:
+    def __init__(self, every_n_steps: int = 100, keep: int = 2) -> None:
+        if keep < 1:
+            raise UserError(f"checkpoint.keep: must be at least 1, got {keep}")
         if every_n_steps <= 0:
             raise UserError(f"checkpoint.every_n_steps: must be positive, got {every_n_steps}")
         super().__init__(
@@ -102,11 +170,14 @@ class LastCheckpoint(_UsableCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
+        self._keep, self._fell_back = keep, False
         self._stop = StopFlag()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals."""
         super().on_train_start(trainer, pl_module)
+        start = Path(trainer.ckpt_path or "")
+        self._fell_back = start.parent == Path(self.dirpath or "") and start.name != "last.ckpt"
         self._stop.watch(trainer)
 
     def on_train_batch_end(
@@ -132,7 +203,11 @@ class LastCheckpoint(_UsableCheckpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
+            # Over a damaged last.ckpt the new one is written at once: kept, it would push out the good one before it.
+            if trainer.is_global_zero and self.dirpath is not None and not self._fell_back:
+                keep_copies(Path(self.dirpath) / "last.ckpt", self._keep)
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._fell_back = False
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signals back."""

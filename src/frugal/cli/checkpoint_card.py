@@ -1,0 +1,47 @@
+"""What a checkpoint holds, in a few lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frugal.training.checkpointing import read_checkpoint
+from frugal.training.checksums import is_sealed
+from frugal.units import short
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def checkpoint_card(path: Path) -> dict[str, Any]:
+    """Step, weights, optimizer and size of a checkpoint.
+
+    Raises:
+        UserError: it is damaged or no checkpoint.
+    """
+    content = read_checkpoint(path)
+    weights, moments = tensors_in(content["state_dict"]), tensors_in(content.get("optimizer_states"))
+
+    def described(tensors: list[torch.Tensor]) -> str:
+        kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        values = short(sum(tensor.numel() for tensor in tensors))
+        return f"{values} values in {len(tensors)} tensors, {short(size, 'B')}, {', '.join(kinds)}"
+
+    return {
+        "file": str(path),
+        "checksum": "good" if is_sealed(path) else "none",
+        "size": short(path.stat().st_size, "B"),
+        "step": content["global_step"],
+        "weights": described(weights),
+        "optimizer state": described(moments),
+        "callbacks": ", ".join(str(key).split("{")[0] for key in content.get("callbacks", {})),
+        "written by": f"lightning {content.get('pytorch-lightning_version', 'unknown')}",
+    }
