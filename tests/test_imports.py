@@ -20,7 +20,7 @@ ALLOWED = {
     "launch": {"errors", "units", "tracking", "planning"},
     "training": {"errors", "schedule", "model", "data", "tracking"},
     "callbacks": {"errors", "schedule", "data", "model", "training", "planning", "tracking"},
-    "cli": {"errors", "schedule", "model", "data", "tracking", "planning", "launch", "training", "callbacks"},
+    "cli": {"errors", "units", "schedule", "model", "data", "tracking", "planning", "launch", "training", "callbacks"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 
