@@ -12,17 +12,25 @@ from frugal.errors import require
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
 # A search for a character set is three times as fast as one that begins with a look-behind: what must not stand
 # before a match is asked after its first character.
-_IPV4 = re.compile(r"\d(?<![\w.]\d)\d{0,2}(?:\.\d{1,3}){3}(?![\w]|\.\d)")
+_IPV4 = re.compile(r"\d(?<![\w.]\d)\d{0,2}(?:\.\d{1,3}){3}(?!\w|\.\w)")
 _VERSION = re.compile(r"(?:\bv|version|release|section|rfc)[ .:]*$", re.IGNORECASE)
-_CARD = re.compile(r"\d(?<![\w.-]\d)(?:[ -]?\d){12,18}(?![\w]|[.-]\d)")
+# In one piece, in groups of four, or as American Express prints it: a number that stands beside it is not part of it.
+_CARD = re.compile(
+    r"\d(?<![\w.-]\d)(?:\d{12,18}|\d{3}(?:([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|[ -]\d{6}[ -]\d{5}))(?![\w]|[.-]\d)"
+)
 _IBAN = re.compile(r"[A-Z](?<!\w[A-Z])[A-Z]\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
 # International with +, or the North American ten digits with separators: a bare run of digits is more often no number.
 _PHONE = re.compile(
     r"[+(\d](?<![\w.+-][+(\d])(?:"
     r"(?<=\+)[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"
-    r"|(?:(?<=1)[ .-](?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])|(?<=\()[2-9]\d\d\) ?|(?<=[2-9])\d\d[.-])[2-9]\d\d[ .-]\d{4})"
+    r"|(?:(?<=1)[ .-](?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])|(?<=\()[2-9]\d\d\) ?|(?<=[2-9])\d\d[.-])[2-9]\d\d[ .-]\d{4}"
+    r"|(?<=[2-9])\d\d [2-9]\d\d \d{4})"
     r"(?![\w]|[.-]\d)"
 )
+# Ten digits with blanks alone count where no other number stands beside them: else it is a row of a table.
+_SPACED = re.compile(r"\d{3} \d{3} \d{4}")
+_NUMBER_BEFORE = re.compile(r"\d[,;|]?[ \t]*$")
+_NUMBER_AFTER = re.compile(r"[,;|]?[ \t]*[|+(]?\d")
 _DIGITS = re.compile(r"\d\d")
 
 
@@ -50,13 +58,19 @@ def _is_public_address(match: re.Match[str]) -> bool:
     if _VERSION.search(before):
         return False
     try:
-        return ipaddress.IPv4Address(match[0]).is_global
+        address = ipaddress.IPv4Address(match[0])
+        return address.is_global and not address.is_multicast
     except ValueError:
         return False
 
 
 def _is_phone(match: re.Match[str]) -> bool:
-    return 9 <= sum(map(str.isdigit, match[0])) <= 15
+    if not _SPACED.fullmatch(match[0]):
+        return 9 <= sum(map(str.isdigit, match[0])) <= 15
+    text, (start, end) = match.string, match.span()
+    if match[0][1:3] == "11" or match[0][5:7] == "11":  # 911 and the like are neither area nor exchange
+        return False
+    return not (_NUMBER_BEFORE.search(text[max(0, start - 4) : start]) or _NUMBER_AFTER.match(text, end))
 
 
 _Kind = tuple[str, re.Pattern[str], Callable[[re.Match[str]], bool], str]
@@ -75,7 +89,8 @@ class MaskPII(DocumentFilter):
     """Put `<email>`, `<iban>`, `<card>`, `<ip>` and `<phone>` where such data stand.
 
     What has a check digit must pass it; addresses of private and documentation networks stay, as do version numbers;
-    telephone numbers must be international or have North American separators.
+    telephone numbers must be international or have North American separators, blanks alone included where no other
+    number stands beside them.
 
     Args:
         kinds: which of them.

@@ -26,7 +26,7 @@ from frugal.data.curation.quality import FineWebQuality, GopherQuality, Length
 from frugal.data.documents import Document
 from frugal.errors import UserError, require
 
-VERSION = 1  # part of the fingerprint: raise it when a verdict changes
+VERSION = 2  # part of the fingerprint: raise it when a verdict changes
 CHUNK_BYTES = 2**20  # text that a worker process is given at a time
 PARALLEL_BYTES = 8 * 2**20  # less text than this is not worth a second process
 TERMS = {
