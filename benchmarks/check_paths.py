@@ -52,7 +52,7 @@ def main(out: str) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     mixture = MoEConfig(n_experts=16, top_k=2, d_expert=64)
-    config = TransformerConfig(64, 128, 1, 64, AttentionConfig(n_heads=4), mixture)
+    config = TransformerConfig(128, 1, 64, AttentionConfig(n_heads=4), mixture, vocab_size=64)
     moe = MoE(config).to(device)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

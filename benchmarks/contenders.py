@@ -44,10 +44,12 @@ def shape_for(device: str, n_experts: int | None = None) -> Shape:
     """FINDINGS-sized on a CPU, about 0.9B parameters with 0.25B active on a GPU; experts vary at equal active FLOPs."""
     if device == "cpu":
         moe = MoEConfig(n_experts=n_experts or 16, top_k=2, d_expert=256, n_shared_experts=1, first_k_dense=1)
-        return Shape(TransformerConfig(4096, 256, 4, 768, AttentionConfig(n_heads=4), moe, max_seq_len=256), 8)
+        return Shape(
+            TransformerConfig(256, 4, 768, AttentionConfig(n_heads=4), moe, vocab_size=4096, max_seq_len=256), 8
+        )
     moe = MoEConfig(n_experts=n_experts or 32, top_k=4, d_expert=512, n_shared_experts=1, first_k_dense=1)
     attention = AttentionConfig(n_heads=8)
-    return Shape(TransformerConfig(32768, 1024, 16, 2560, attention, moe, max_seq_len=2048), 16)
+    return Shape(TransformerConfig(1024, 16, 2560, attention, moe, vocab_size=32768, max_seq_len=2048), 16)
 
 
 def _ours(config: TransformerConfig, compiled: bool) -> tuple[nn.Module, Loss]:

@@ -132,7 +132,7 @@ def test_counts_equal_the_built_model(
     sharing = SharingConfig(layers=tuple(number[block] for block in layers), own_norms=own_norms, rank=rank)
     attention = AttentionConfig(4, latent=LatentConfig(12, 20, 6, 4, 10) if latent else None)
     experts = MoEConfig(4, top_k, 24, n_shared_experts=1) if moe else None
-    config = TransformerConfig(64, 32, len(layers), 48, attention, experts, sharing=sharing)
+    config = TransformerConfig(32, len(layers), 48, attention, experts, vocab_size=64, sharing=sharing)
     with torch.device("meta"):
         model = Transformer(config)
     counts = count_parameters(config)

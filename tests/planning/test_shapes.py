@@ -36,7 +36,7 @@ def test_every_shape_meets_the_budget(
     attention = AttentionConfig(heads[0], None if latent else heads[1], latent=LatentConfig(64) if latent else None)
     experts = MoEConfig(8, 2, 128, n_shared_experts=1, first_k_dense=1) if moe else None
     sharing = SharingConfig(n_blocks=2, prelude=1, coda=1) if shared else None
-    base = TransformerConfig(4096, 512, 8, 1024, attention, experts, sharing=sharing)
+    base = TransformerConfig(512, 8, 1024, attention, experts, vocab_size=4096, sharing=sharing)
     budget = Budget(kind, factor * cost(base, kind, 1024))  # type: ignore[arg-type]
     try:
         found = equal_shapes(base, budget, 1024, 0.05)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from frugal.errors import UserError, require
 from frugal.model.config import Frozen
-from frugal.model.transformer import Transformer
+from frugal.model.transformer import BlockStack
 from frugal.tracking.run_folder import RunFolder, keep_steps
 from frugal.training import freezing as plan
 from frugal.training.checkpointing import read_checkpoint
@@ -105,7 +105,7 @@ class Freezing(pl.Callback):
             return
         self.model = pl_module.model
         require(pl_module.lora is None, "freezing: model.lora freezes all but its adapters already; use one of both")
-        require(isinstance(self.model, Transformer), "freezing: works with our own model, not with one of transformers")
+        require(isinstance(self.model, BlockStack), "freezing: works with our own model, not with one of transformers")
         self.named = dict(self.model.named_parameters(remove_duplicate=False))
         self.names = list(self.named)
         self.aliases: dict[int, list[str]] = {}

@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frugal.model.cache import KVCache, causal_mask
-from frugal.model.config import TransformerConfig
+from frugal.model.config import BlocksConfig
 from frugal.model.linear import Linear
-from frugal.model.rope import apply_rotary
+from frugal.model.rope import rotated
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al. 2023), optionally with QK-norm (Henry et al. 2020)."""
+    """Grouped-query attention (Ainslie et al. 2023), optionally with QK-norm (Henry et al. 2020)."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
         attention, d_head = config.attention, config.head_dim
         self.n_heads, self.n_kv_heads, self.head_dim = attention.n_heads, attention.kv_heads, d_head
-        self.qk_norm = attention.qk_norm
+        self.qk_norm, self.causal = attention.qk_norm, attention.causal
         d_q, d_kv = self.n_heads * d_head, self.n_kv_heads * d_head
         self.wq = Linear(config.d_model, d_q)
         self.wk = Linear(config.d_model, d_kv)
@@ -43,17 +43,18 @@ class Attention(nn.Module):
             x_BTHC = norm(x_BTHC)
         return x_BTHC.transpose(1, 2)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
-        """Attend from each position to itself and all earlier ones; [B, T, D] -> [B, T, D].
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
+        """Attend from each position to itself and all earlier ones, or to all; [B, T, D] -> [B, T, D].
 
-        `rotary` holds the cosines and sines of exactly these T positions. With a cache, earlier positions come from it.
+        `rotary` holds the cosines and sines of exactly these T positions, or is None where positions enter otherwise.
+        With a cache (for causal attention), earlier positions come from it.
         """
         normed = self.qk_norm != "none"
-        q_BHTC = apply_rotary(self._heads(self.wq(x_BTD), self.q_norm if normed else None), *rotary)
-        k_BGTC = apply_rotary(self._heads(self.wk(x_BTD), self.k_norm if normed else None), *rotary)
+        q_BHTC = rotated(self._heads(self.wq(x_BTD), self.q_norm if normed else None), rotary)
+        k_BGTC = rotated(self._heads(self.wk(x_BTD), self.k_norm if normed else None), rotary)
         v_BGTC = self._heads(self.wv(x_BTD), None)
         mask_TS = None
-        causal = True
+        causal = self.causal
         if cache is not None:
             k_BGTC, v_BGTC = cache.append(k_BGTC, v_BGTC)
             new, seen = q_BHTC.shape[2], k_BGTC.shape[2]

@@ -87,7 +87,7 @@ class LatentConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Causal attention with rotary embeddings (Su et al. 2021): grouped-query (Ainslie et al. 2023) or latent.
+    """Attention with rotary embeddings (Su et al. 2021): grouped-query (Ainslie et al. 2023) or latent.
 
     Args:
         n_heads: query heads.
@@ -97,6 +97,7 @@ class AttentionConfig:
         rope_theta: base of the rotary frequencies.
         rope_scaling: YaRN, for contexts longer than the model was trained on; null is off.
         latent: multi-head latent attention instead of grouped-query attention; it sets its own head widths.
+        causal: each position sees itself and those before it; false: all of the sequence.
     """
 
     n_heads: int
@@ -106,6 +107,7 @@ class AttentionConfig:
     rope_theta: float = 10_000.0
     rope_scaling: YarnConfig | None = None
     latent: LatentConfig | None = None
+    causal: bool = True
 
     def __post_init__(self) -> None:
         key = "model.transformer.attention"
@@ -131,3 +133,7 @@ class AttentionConfig:
     def kv_heads(self) -> int:
         """Key/value heads after the default is filled in."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    def seen(self, seq_len: int) -> float:
+        """Positions that one of a sequence attends to, on average."""
+        return (seq_len + 1) / 2 if self.causal else seq_len

@@ -1,12 +1,12 @@
-"""The transformer's shape, and everything that can be counted from it without building it.
+"""The model's shape, and everything that can be counted from it without building it.
 
 Defaults here are neutral (a technique is off); `configs/base.yaml` holds the choices of the embedded run.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 from frugal.errors import require
 from frugal.model.attention_config import AttentionConfig, LatentConfig, YarnConfig
@@ -25,6 +25,7 @@ from frugal.model.sharing_config import SharingConfig
 __all__ = [
     "Adapter",
     "AttentionConfig",
+    "BlocksConfig",
     "Counts",
     "Flops",
     "Frozen",
@@ -129,52 +130,39 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """A decoder-only transformer; with `moe` left out, every feed-forward is dense.
+class BlocksConfig:
+    """A stack of blocks, whatever goes in and comes out; with `moe` left out, every feed-forward is dense.
 
     Args:
-        vocab_size: rows of the embedding; linked to data.tokenizer.vocab_size.
         d_model: width of the residual stream.
         n_layers: layers that a token passes; with `sharing`, several of them use one block.
         d_ff: hidden width of a dense SwiGLU feed-forward.
         attention: the attention's shape.
         moe: the mixture's shape, or null for a dense model.
         sharing: which layers share their weights; null: none do.
-        n_mtp: modules that predict further tokens ahead in training, and draft them in generation (DeepSeek-V3,
-            section 2.2); 0 is off.
-        max_seq_len: longest sequence; linked to data.seq_len.
-        tie_embeddings: use the embedding as the output head too.
         norm_eps: epsilon of every RMSNorm.
         init_std: standard deviation of the initial weights; projections back into the residual stream get
             init_std / sqrt(2 n_layers) (GPT-2), where shared layers count each time they are applied.
     """
 
-    vocab_size: int
     d_model: int
     n_layers: int
     d_ff: int
     attention: AttentionConfig
     moe: MoEConfig | None = None
-    max_seq_len: int = 2048
-    tie_embeddings: bool = False
     norm_eps: float = 1e-6
     init_std: float = 0.02
     sharing: SharingConfig | None = None
-    n_mtp: int = 0
 
     def __post_init__(self) -> None:
         key = "model.transformer"
-        for name in ("vocab_size", "d_model", "n_layers", "d_ff", "max_seq_len"):
+        for name in ("d_model", "n_layers", "d_ff"):
             require(getattr(self, name) > 0, f"{key}.{name}: must be positive, got {getattr(self, name)}")
-        for name in ("norm_eps", "init_std", "n_mtp"):
+        for name in ("norm_eps", "init_std"):
             require(getattr(self, name) >= 0, f"{key}.{name}: must not be negative, got {getattr(self, name)}")
         require(
             self.moe is None or self.moe.first_k_dense < self.n_layers,
             f"{key}.moe.first_k_dense: leaves none of the {self.n_layers} layers to the experts; set moe to null",
-        )
-        require(
-            self.n_mtp < self.max_seq_len,
-            f"{key}.n_mtp: {self.n_mtp} tokens ahead do not fit into {self.max_seq_len}",
         )
         first: dict[int, int] = {}
         for layer, block in enumerate(self.layer_map):
@@ -192,6 +180,49 @@ class TransformerConfig:
             f"{key}.d_model: {self.d_model} is no multiple of attention.n_heads ({heads}); set attention.head_dim",
         )
         require(self.head_dim % 2 == 0, f"{key}.attention.head_dim: must be even for rotary embeddings")
+
+    # --- what goes in and comes out, as a subclass has it
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of the longest sequence."""
+        raise NotImplementedError
+
+    @property
+    def n_outputs(self) -> int:
+        """Rows of the output head."""
+        raise NotImplementedError
+
+    @property
+    def input_parameters(self) -> int:
+        """Weights below the first block."""
+        raise NotImplementedError
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """How those are called in the model's `state_dict()`."""
+        return ("embedding.weight",)
+
+    @property
+    def input_width(self) -> int:
+        """Numbers of one token that a matrix projects into the residual stream; 0: tokens are looked up."""
+        return 0
+
+    @property
+    def tie_embeddings(self) -> bool:
+        """Whether the embedding is the output head too."""
+        return False
+
+    @property
+    def n_mtp(self) -> int:
+        """Modules of multi-token prediction."""
+        return 0
+
+    def ends_per_token(self, seq_len: int) -> tuple[float, float]:
+        """Of a sequence's tokens, the shares that the input matrix makes and that the head reads."""
+        return 1.0, 1.0
+
+    # --- what follows from the fields
 
     @property
     def head_dim(self) -> int:
@@ -217,8 +248,8 @@ class TransformerConfig:
         """Layers whose feed-forward is a mixture."""
         return max(self.n_layers - self.moe.first_k_dense, 0) if self.moe else 0
 
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> TransformerConfig:
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Rebuild a config from `dataclasses.asdict`, as checkpoints store it."""
         values = dict(values)
         attention = dict(values["attention"])
@@ -232,4 +263,46 @@ class TransformerConfig:
             sharing = dict(values["sharing"])
             sharing["layers"] = tuple(sharing["layers"]) if sharing["layers"] else None
             values["sharing"] = SharingConfig(**sharing)
-        return TransformerConfig(**values)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TransformerConfig(BlocksConfig):
+    """A decoder-only transformer on text.
+
+    Args:
+        vocab_size: rows of the embedding; linked to data.tokenizer.vocab_size.
+        max_seq_len: longest sequence; linked to data.seq_len.
+        tie_embeddings: use the embedding as the output head too.
+        n_mtp: modules that predict further tokens ahead in training, and draft them in generation (DeepSeek-V3,
+            section 2.2); 0 is off.
+    """
+
+    vocab_size: int = field(kw_only=True)
+    max_seq_len: int = field(default=2048, kw_only=True)
+    tie_embeddings: bool = field(default=False, kw_only=True)
+    n_mtp: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        key = "model.transformer"
+        for name in ("vocab_size", "max_seq_len"):
+            require(getattr(self, name) > 0, f"{key}.{name}: must be positive, got {getattr(self, name)}")
+        require(self.n_mtp >= 0, f"{key}.n_mtp: must not be negative, got {self.n_mtp}")
+        super().__post_init__()
+        require(
+            self.n_mtp < self.max_seq_len,
+            f"{key}.n_mtp: {self.n_mtp} tokens ahead do not fit into {self.max_seq_len}",
+        )
+        require(
+            self.attention.causal, f"{key}.attention.causal: a language model that sees later tokens sees its answers"
+        )
+
+    @property
+    def n_outputs(self) -> int:
+        """One per token of the vocabulary."""
+        return self.vocab_size
+
+    @property
+    def input_parameters(self) -> int:
+        """The embedding's."""
+        return self.vocab_size * self.d_model

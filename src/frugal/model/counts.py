@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from frugal.model.frozen_counts import Frozen, adapter_flops_per_token, backward_flops_per_token
 
 if TYPE_CHECKING:
-    from frugal.model.config import TransformerConfig
+    from frugal.model.config import BlocksConfig
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Counts:
     mtp: int = 0
 
 
-def _linears(config: TransformerConfig, is_moe: bool) -> tuple[list[tuple[int, int]], int]:
+def _linears(config: BlocksConfig, is_moe: bool) -> tuple[list[tuple[int, int]], int]:
     """(inputs, outputs) of every matrix of a layer that all tokens use, but the router; and its norms' weights."""
     attention, d = config.attention, config.d_model
     heads = attention.n_heads
@@ -72,7 +72,7 @@ class _Tally:
         return self.matrices + self.norms + self.biases + self.idle
 
 
-def _tally(config: TransformerConfig, unique: bool) -> _Tally:
+def _tally(config: BlocksConfig, unique: bool) -> _Tally:
     """Add up the layers as applied, or each stored parameter once."""
     tally, sharing, layer_map = _Tally(norms=config.d_model), config.sharing, config.layer_map
     for layer, block in enumerate(layer_map):
@@ -96,29 +96,29 @@ def _tally(config: TransformerConfig, unique: bool) -> _Tally:
     return tally
 
 
-def count_parameters(config: TransformerConfig) -> Counts:
+def count_parameters(config: BlocksConfig) -> Counts:
     """Count parameters, the routers' balancing biases among them, as DeepSeek-V3's published total does."""
     stored, applied = _tally(config, unique=True), _tally(config, unique=False)
     body = stored.matrices + stored.norms + stored.biases
-    embedding = config.vocab_size * config.d_model
-    tables = embedding * (1 if config.tie_embeddings else 2)
+    head = config.n_outputs * config.d_model
+    tables = head if config.tie_embeddings else config.input_parameters + head
     return Counts(
         total=body + tables + stored.idle,
         active=body + tables,
         # A tied table still works as the head, so only its role as a look-up is left out.
-        active_without_input_embedding=body + embedding,
+        active_without_input_embedding=body + head,
         active_without_embeddings=body,
         applied=applied.matrices + applied.norms + applied.biases + tables,
         mtp=_mtp_tally(config).stored,
     )
 
 
-def _mtp_tally(config: TransformerConfig) -> _Tally:
+def _mtp_tally(config: BlocksConfig) -> _Tally:
     """Of all modules of multi-token prediction together."""
     if not config.n_mtp:
         return _Tally()
     moe = replace(config.moe, first_k_dense=0) if config.moe else None  # behind the last layer all are mixtures
-    one = replace(config, n_layers=1, sharing=None, n_mtp=0, moe=moe)
+    one = replace(config, n_layers=1, sharing=None, moe=moe)
     tally = _tally(one, unique=True)  # its one final norm is the module's
     tally.matrices += 2 * config.d_model**2
     tally.norms += 2 * config.d_model
@@ -142,15 +142,16 @@ class Flops:
         return self.forward + self.backward + self.mtp
 
 
-def flops_per_token(config: TransformerConfig, seq_len: int, frozen: Frozen | None = None) -> Flops:
+def flops_per_token(config: BlocksConfig, seq_len: int, frozen: Frozen | None = None) -> Flops:
     """FLOPs of one token in a training step, matrix products only.
 
     Every weight that multiplies a token costs 2 FLOPs forward and 4 backward (gradients of input and of weight):
     2 N and 4 N with N the applied parameters without the input embedding (Kaplan et al. 2020, section 2.1), less the
-    norms, which are no matrix products. Causal attention adds, per layer and token, the products of queries with
-    keys and of probabilities with values over (seq_len + 1) / 2 positions on average: 2 n_heads (d_qk + d_v) per
-    position forward and twice that backward (Dao 2023 counts the causal half likewise). In this convention DeepSeek-V3
-    costs 250 GFLOPs per token at 4,096 tokens, the figure of its authors (Zhao et al. 2025, arXiv 2505.09343, table 2).
+    norms, which are no matrix products. Attention adds, per layer and token, the products of queries with keys and of
+    probabilities with values over the positions that it sees, (seq_len + 1) / 2 on average if it is causal: 2 n_heads
+    (d_qk + d_v) per position forward and twice that backward (Dao 2023 counts the causal half likewise). In this
+    convention DeepSeek-V3 costs 250 GFLOPs per token at 4,096 tokens, the figure of its authors (Zhao et al. 2025,
+    arXiv 2505.09343, table 2).
 
     Args:
         frozen: what the step leaves alone, the backward pass then costs only what is left of it; and adapters.
@@ -159,21 +160,27 @@ def flops_per_token(config: TransformerConfig, seq_len: int, frozen: Frozen | No
     latent = attention.latent
     widths = latent.qk_nope_head_dim + latent.qk_rope_head_dim + latent.v_head_dim if latent else 2 * d_head
 
+    made, read = config.ends_per_token(seq_len)
+
     def of(layers: int, matrices: int, positions: int) -> float:
-        scores = layers * 2 * attention.n_heads * widths * (positions + 1) / 2
-        return 2 * (matrices + config.vocab_size * config.d_model) + scores
+        scores = layers * 2 * attention.n_heads * widths * attention.seen(positions)
+        return 2 * (matrices + read * config.n_outputs * config.d_model) + scores
 
     forward = of(config.n_layers, _tally(config, unique=False).matrices, seq_len)
+    forward += 2 * made * config.input_width * config.d_model
     each = _mtp_tally(config).matrices // max(config.n_mtp, 1)
     # The k-th module has no answer for the last k positions.
     lengths = [max(seq_len - k, 0) for k in range(1, config.n_mtp + 1)]
     mtp = sum(of(1, each, length) * length / seq_len for length in lengths)
-    backward = backward_flops_per_token(config, seq_len, frozen) if frozen else (2 * forward, 2 * mtp)
+    if frozen or config.input_width:  # no gradient goes into what comes from outside
+        backward = backward_flops_per_token(config, seq_len, frozen or Frozen())
+    else:
+        backward = 2 * forward, 2 * mtp
     adapters = adapter_flops_per_token(config, seq_len, frozen) if frozen else (0.0, 0.0)
     return Flops(forward=forward + adapters[0], backward=backward[0], mtp=mtp + adapters[1] + backward[1])
 
 
-def kv_cache_bytes_per_token(config: TransformerConfig, bytes_per_element: int = 2) -> int:
+def kv_cache_bytes_per_token(config: BlocksConfig, bytes_per_element: int = 2) -> int:
     """Bytes that one token of context occupies in the cache during generation, all layers together.
 
     Grouped-query attention keeps keys and values of its kv heads; latent attention keeps one latent and one rotary
@@ -201,7 +208,7 @@ class StateMemory:
 
 
 def state_memory(
-    config: TransformerConfig, weight_bytes: int = 4, gradient_bytes: int = 4, moment_bytes: int = 4
+    config: BlocksConfig, weight_bytes: int = 4, gradient_bytes: int = 4, moment_bytes: int = 4
 ) -> StateMemory:
     """Memory of weights, gradients and AdamW's two moments; the defaults are float32 throughout.
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from frugal.model.config import TransformerConfig
+from frugal.model.config import BlocksConfig
 from frugal.model.expert_parallel import exchanged, own_share
 from frugal.model.grouped import dispatch, grouped_nt, grouped_tn, grouped_tn_some
 from frugal.model.linear import local
@@ -111,7 +111,7 @@ class Experts(nn.Module):
     (`frugal.model.parallelize`), this process holds a part of the stacks, in order of rank.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
         assert config.moe is not None
         moe = config.moe

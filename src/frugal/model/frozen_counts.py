@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from frugal.model.config import TransformerConfig
+    from frugal.model.config import BlocksConfig
 
 
 class Adapter(NamedTuple):
@@ -52,34 +52,39 @@ class _Walk:
     def trains(self, name: str) -> bool:
         return name not in self.frozen.names
 
-    def linear(self, stem: str, flows: bool, d_in: int, d_out: int, rank: int = 0) -> bool:
-        """Count a matrix and its low-rank correction; returns whether its output carries a gradient."""
+    def linear(self, stem: str, flows: bool, d_in: int, d_out: int, rank: int = 0, share: float = 1.0) -> bool:
+        """Count a matrix and its low-rank correction; returns whether its output carries a gradient.
+
+        `share` of the tokens go through the matrix.
+        """
         trains = self.trains(f"{stem}.weight")
-        self.flops += 2 * d_in * d_out * (trains + flows)
+        self.flops += 2 * d_in * d_out * (trains + flows) * share
         if rank:
             down, up = self.trains(f"{stem}.down"), self.trains(f"{stem}.up")
             self.flops += 2 * d_in * rank * (down + flows) + 2 * rank * d_out * (up + (down or flows))
             trains = trains or down or up
         if added := self.adapters.get(stem):
-            self.flops += 2 * added * (d_in * (1 + flows) + 2 * d_out)
+            self.flops += 2 * added * (d_in * (1 + flows) + 2 * d_out) * share
             trains = True
         return flows or trains
 
 
-def backward_flops_per_token(config: TransformerConfig, seq_len: int, frozen: Frozen) -> tuple[float, float]:
+def backward_flops_per_token(config: BlocksConfig, seq_len: int, frozen: Frozen) -> tuple[float, float]:
     """FLOPs of one token's backward pass, in the convention of `flops_per_token`; and of multi-token prediction's.
 
     Attention's own products are one kernel, which takes all its gradients as soon as one of queries, keys and values
     needs one.
     """
     walk, d, layer_map = _Walk(frozen), config.d_model, config.layer_map
-    embedded = flows = walk.trains("embedding.weight")
+    made, read = config.ends_per_token(seq_len)
+    walk.linear("embedding", False, config.input_width, d, share=made)
+    embedded = flows = any(map(walk.trains, config.input_names))
     for layer in range(config.n_layers):
         shared = layer_map.count(layer_map[layer]) > 1
         rank = config.sharing.rank if config.sharing and shared else 0
         flows = _block(walk, config, layer, flows, rank, seq_len)
     flows |= walk.trains("norm.weight")
-    walk.linear("head", flows, d, config.vocab_size)
+    walk.linear("head", flows, d, config.n_outputs, share=read)
     main, extra = walk.flops, 0.0
     for k in range(config.n_mtp):
         walk.flops = 0.0
@@ -88,12 +93,12 @@ def backward_flops_per_token(config: TransformerConfig, seq_len: int, frozen: Fr
         flows = walk.linear(f"{stem}.proj", joined, 2 * d, d)
         flows = _block(walk, config, config.n_layers + k, flows, 0, length)
         flows |= walk.trains(f"{stem}.norm.weight")
-        walk.linear("head", flows, d, config.vocab_size)
+        walk.linear("head", flows, d, config.n_outputs)
         extra += walk.flops * length / seq_len
     return main, extra
 
 
-def adapter_flops_per_token(config: TransformerConfig, seq_len: int, frozen: Frozen) -> tuple[float, float]:
+def adapter_flops_per_token(config: BlocksConfig, seq_len: int, frozen: Frozen) -> tuple[float, float]:
     """FLOPs of one token's forward pass through the adapters; and through those of multi-token prediction."""
     main = extra = 0.0
     for adapter in frozen.adapters:
@@ -111,7 +116,7 @@ def block_name(layer: int, n_layers: int) -> str:
     return f"blocks.{layer}" if layer < n_layers else f"mtp.{layer - n_layers}.block"
 
 
-def _block(walk: _Walk, config: TransformerConfig, layer: int, flows: bool, rank: int, seq_len: int) -> bool:
+def _block(walk: _Walk, config: BlocksConfig, layer: int, flows: bool, rank: int, seq_len: int) -> bool:
     d, block = config.d_model, block_name(layer, config.n_layers)
     flows |= _attention(walk, config, block, flows, rank, seq_len)
     normed = flows or walk.trains(f"{block}.ffn_norm.weight")
@@ -136,7 +141,7 @@ def _swiglu(walk: _Walk, stem: str, flows: bool, d: int, width: int, rank: int) 
     return walk.linear(f"{stem}.w2", gate or up, width, d, rank)
 
 
-def _attention(walk: _Walk, config: TransformerConfig, block: str, flows: bool, rank: int, seq_len: int) -> bool:
+def _attention(walk: _Walk, config: BlocksConfig, block: str, flows: bool, rank: int, seq_len: int) -> bool:
     attention, d, stem = config.attention, config.d_model, f"{block}.attention"
     heads = attention.n_heads
     flows |= walk.trains(f"{block}.attention_norm.weight")
@@ -160,5 +165,5 @@ def _attention(walk: _Walk, config: TransformerConfig, block: str, flows: bool, 
         norms = attention.qk_norm != "none" and any(walk.trains(f"{stem}.{w}_norm.weight") for w in "qk")
         attends, d_out, widths = any(qkv) or norms, d_q, 2 * config.head_dim
     if attends:
-        walk.flops += 4 * heads * widths * (seq_len + 1) / 2
+        walk.flops += 4 * heads * widths * attention.seen(seq_len)
     return walk.linear(f"{stem}.wo", attends, d_out, d, rank)

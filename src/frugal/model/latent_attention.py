@@ -13,26 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frugal.model.cache import KVCache, causal_mask
-from frugal.model.config import TransformerConfig
+from frugal.model.config import BlocksConfig
 from frugal.model.linear import Linear
-from frugal.model.rope import apply_rotary
+from frugal.model.rope import rotated
 
 LATENT_NORM_EPS = 1e-6  # of the latents' own norms in every published model, whatever the other norms use
 
 
 class LatentAttention(nn.Module):
-    """Causal attention whose keys and values are made from one latent per token.
+    """Attention whose keys and values are made from one latent per token.
 
     Generation caches that latent and the one rotated key that all heads share, R + P numbers per token and layer
     instead of H (N + P + V).
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
         attention = config.attention
         latent = attention.latent
         assert latent is not None
-        self.n_heads, self.kv_rank = attention.n_heads, latent.kv_lora_rank
+        self.n_heads, self.kv_rank, self.causal = attention.n_heads, latent.kv_lora_rank, attention.causal
         self.nope, self.rope, self.v_head_dim = latent.qk_nope_head_dim, latent.qk_rope_head_dim, latent.v_head_dim
         yarn = attention.rope_scaling
         self.scale = (yarn.softmax_scale if yarn else 1.0) / math.sqrt(self.nope + self.rope)
@@ -49,18 +49,19 @@ class LatentAttention(nn.Module):
         self.wkv_up = Linear(self.kv_rank, self.n_heads * (self.nope + self.v_head_dim))
         self.wo = Linear(self.n_heads * self.v_head_dim, config.d_model)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
-        """Attend from each position to itself and all earlier ones; [B, T, D] -> [B, T, D].
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
+        """Attend from each position to itself and all earlier ones, or to all; [B, T, D] -> [B, T, D].
 
-        `rotary` holds the cosines and sines of exactly these T positions. With a cache, earlier positions come from it.
+        `rotary` holds the cosines and sines of exactly these T positions, or is None where positions enter otherwise.
+        With a cache (for causal attention), earlier positions come from it.
         """
         q_BTE = self.wq(x_BTD) if self.q_rank is None else self.wq_up(self.q_norm(self.wq_down(x_BTD)))
         q_BHTE = q_BTE.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
         q_BHTN, q_BHTP = q_BHTE.split((self.nope, self.rope), dim=-1)
-        q_BHTP = apply_rotary(q_BHTP, *rotary)
+        q_BHTP = rotated(q_BHTP, rotary)
         latent_BTR, k_BTP = self.wkv_down(x_BTD).split((self.kv_rank, self.rope), dim=-1)
         latent_B1SR = self.kv_norm(latent_BTR).unsqueeze(1)
-        k_B1SP = apply_rotary(k_BTP.unsqueeze(1), *rotary)
+        k_B1SP = rotated(k_BTP.unsqueeze(1), rotary)
         if cache is not None:
             latent_B1SR, k_B1SP = cache.append(latent_B1SR, k_B1SP)
         new, seen = q_BHTE.shape[2], latent_B1SR.shape[2]
@@ -76,7 +77,7 @@ class LatentAttention(nn.Module):
         k_BHSN, v_BHSV = kv_BSHE.transpose(1, 2).split((self.nope, self.v_head_dim), dim=-1)
         k_BHSE = torch.cat((k_BHSN, k_B1SP.expand(-1, self.n_heads, -1, -1)), dim=-1)
         q_BHTE = torch.cat((q_BHTN, q_BHTP), dim=-1)
-        return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSV, is_causal=True, scale=self.scale)
+        return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSV, is_causal=self.causal, scale=self.scale)
 
     def _absorbed(self, q_BHTN: Tensor, q_BHTP: Tensor, latent_B1SR: Tensor, k_B1SP: Tensor) -> Tensor:
         """Attend to the latents themselves: q (W_k c) = (W_k^T q) c, and the sum over c goes through W_v afterwards.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frugal.model.config import TransformerConfig
+from frugal.model.config import BlocksConfig
 from frugal.model.experts import Experts
 from frugal.model.grouped import add_load
 from frugal.model.linear import Linear
@@ -39,7 +39,7 @@ class MoE(nn.Module):
 
     load: Tensor
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
         assert config.moe is not None
         self.config = moe = config.moe

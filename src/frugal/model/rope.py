@@ -48,6 +48,11 @@ def rotary_table(dim: int, seq_len: int, theta: float, yarn: YarnConfig | None =
     return angle_TF.cos() * scale, angle_TF.sin() * scale
 
 
+def rotated(x_BHTC: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """By cosines and sines of its positions; as it is where positions enter otherwise."""
+    return x_BHTC if rotary is None else apply_rotary(x_BHTC, *rotary)
+
+
 def apply_rotary(x_BHTC: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Rotate each pair (i, i + C/2) by its position's angle; computed in float32, returned in the input's dtype."""
     first, second = x_BHTC.float().chunk(2, dim=-1)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frugal.model.config import MoEConfig, TransformerConfig
+from frugal.model.config import BlocksConfig, MoEConfig
 from frugal.model.experts import Routing
 
 
@@ -24,7 +24,7 @@ class Router(nn.Module):
 
     expert_bias: Tensor | None
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
         assert config.moe is not None
         self.moe = config.moe

@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks, norm, head; and all weight initialisation in one function.
+"""The blocks between an embedding and a head, the decoder on text, and all weight initialisation in one function.
 
 Shape letters: B batch, T tokens, D d_model, V vocabulary.
 """
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from frugal.model.attention import Attention
 from frugal.model.cache import KVCache
-from frugal.model.config import TransformerConfig
+from frugal.model.config import BlocksConfig, TransformerConfig
 from frugal.model.experts import Experts
 from frugal.model.latent_attention import LatentAttention
 from frugal.model.linear import Linear
 from frugal.model.moe import MoE, SwiGLU
 from frugal.model.mtp import MTPModule
+from frugal.model.patches import PatchEmbedding
 from frugal.model.rope import rotary_table
 from frugal.model.router import Router
 from frugal.model.sharing import LowRankLinear, add_low_rank, shared_layers, tie_blocks
@@ -30,53 +31,52 @@ Result = TypeVar("Result")
 class Block(nn.Module):
     """Pre-norm block: attention, then a dense or a mixture feed-forward, each on a residual branch."""
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: BlocksConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = LatentAttention(config) if config.attention.latent else Attention(config)
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn: nn.Module = MoE(config) if config.is_moe(layer) else SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, cache)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
 
-class Transformer(nn.Module):
-    """A causal language model: token ids [B, T] -> logits [B, T, V]."""
+class BlockStack(nn.Module):
+    """Embedding, blocks, norm and head: what every model here has.
 
+    Args:
+        embedding: makes the first block's input, and has a `weight`.
+        rotary: cosines and sines of all positions.
+    """
+
+    embedding: nn.Module
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: BlocksConfig, embedding: nn.Module, rotary: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         self.config = config
         self.shared_by = (0, 1)  # rank and number of the processes that share every batch (tensor parallelism)
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = embedding
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = Linear(config.d_model, config.vocab_size)
+        self.head = Linear(config.d_model, config.n_outputs)
         if config.sharing and config.sharing.rank:
             for layer in shared_layers(config.sharing, config.n_layers):
                 add_low_rank(self.blocks[layer], config.sharing.rank)
         self._tie()
-        attention = config.attention
-        cos, sin = rotary_table(config.rotary_dim, config.max_seq_len, attention.rope_theta, attention.rope_scaling)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        drawn = self.embedding.weight.device.type != "meta"
-        if drawn:
+        for name, table in zip(("cos", "sin"), rotary, strict=True):
+            self.register_buffer(name, table, persistent=False)
+        if self.head.weight.device.type != "meta":
             init_weights(self, config)
-        # Made and drawn last: with and without them, one seed gives the rest of the model the same weights.
-        self.mtp = nn.ModuleList(MTPModule(config, k, Block) for k in range(config.n_mtp))
-        if drawn:
-            init_weights(self.mtp, config)
 
     def _tie(self) -> None:
         """Make one parameter of those that are the same by the config."""
         if self.config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+            self.head.weight = self.embedding.weight  # type: ignore[assignment]
         if self.config.sharing:
             tie_blocks(self.blocks, self.config.layer_map, self.config.sharing.own_norms)  # type: ignore[arg-type]
 
@@ -97,6 +97,47 @@ class Transformer(nn.Module):
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call a function that uses the weights: where they are sharded, they are gathered around it."""
         return function(*args)
+
+    def take_router_loss(self) -> Tensor | None:
+        """Sum over layers of the routers' losses in the last training call, each a mean over its tokens; or None.
+
+        A scalar in float32 to be added to the mean loss per token (the coefficients are in it already). Taking it
+        lets go of it, so that no graph outlives its step.
+        """
+        losses = []
+        for moe in self.moe_layers().values():
+            if moe.router_loss is not None:
+                losses.append(moe.router_loss)
+                moe.router_loss = None
+        return torch.stack(losses).sum() if losses else None
+
+    def moe_layers(self) -> dict[int, MoE]:
+        """The mixtures by the index of their layer; those of multi-token prediction come after the last layer."""
+        return {i: block.ffn for i, block in enumerate(self.all_blocks()) if isinstance(block.ffn, MoE)}
+
+    def all_blocks(self) -> list[Block]:
+        """The layers' blocks, and any that come after them."""
+        return list(self.blocks)  # type: ignore[arg-type]
+
+
+class Transformer(BlockStack):
+    """A causal language model: token ids [B, T] -> logits [B, T, V]."""
+
+    config: TransformerConfig
+    embedding: nn.Embedding
+
+    def __init__(self, config: TransformerConfig) -> None:
+        attention = config.attention
+        rotary = rotary_table(config.rotary_dim, config.max_seq_len, attention.rope_theta, attention.rope_scaling)
+        super().__init__(config, nn.Embedding(config.vocab_size, config.d_model), rotary)
+        # Made and drawn last: with and without them, one seed gives the rest of the model the same weights.
+        self.mtp = nn.ModuleList(MTPModule(config, k, Block) for k in range(config.n_mtp))
+        if self.head.weight.device.type != "meta":
+            init_weights(self.mtp, config)
+
+    def all_blocks(self) -> list[Block]:
+        """The layers' blocks, and those of multi-token prediction."""
+        return [*super().all_blocks(), *(module.block for module in self.mtp)]  # type: ignore[list-item]
 
     def hidden(self, ids_BT: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Final normalised hidden states [B, T, D]: what the head turns into logits."""
@@ -140,30 +181,9 @@ class Transformer(nn.Module):
         layers: list[Attention | LatentAttention] = [block.attention for block in blocks]  # type: ignore[misc]
         return [layer.new_cache(batch_size, max_len, weight.device, weight.dtype) for layer in layers]
 
-    def take_router_loss(self) -> Tensor | None:
-        """Sum over layers of the routers' losses in the last training call, each a mean over its tokens; or None.
-
-        A scalar in float32 to be added to the mean loss per token (the coefficients are in it already). Taking it
-        lets go of it, so that no graph outlives its step.
-        """
-        losses = []
-        for moe in self.moe_layers().values():
-            if moe.router_loss is not None:
-                losses.append(moe.router_loss)
-                moe.router_loss = None
-        return torch.stack(losses).sum() if losses else None
-
-    def moe_layers(self) -> dict[int, MoE]:
-        """The mixtures by the index of their layer; those of multi-token prediction come after the last layer."""
-        return {i: block.ffn for i, block in enumerate(self.all_blocks()) if isinstance(block.ffn, MoE)}
-
-    def all_blocks(self) -> list[Block]:
-        """The layers' blocks, and those of multi-token prediction."""
-        return [*self.blocks, *(module.block for module in self.mtp)]  # type: ignore[list-item]
-
 
 @torch.no_grad()
-def init_weights(model: nn.Module, config: TransformerConfig) -> None:
+def init_weights(model: nn.Module, config: BlocksConfig) -> None:
     """Draw every weight: normal(0, init_std), smaller where a branch joins the residual stream; norms are one.
 
     The factor 1 / sqrt(2 n_layers) on those projections keeps the stream's variance independent of depth (GPT-2).
@@ -175,6 +195,9 @@ def init_weights(model: nn.Module, config: TransformerConfig) -> None:
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, PatchEmbedding):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=std)
         elif isinstance(module, Router):
             nn.init.normal_(module.weight, std=std)
             if module.expert_bias is not None:

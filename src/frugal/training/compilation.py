@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from frugal.errors import UserError
-from frugal.model.transformer import Transformer
+from frugal.model.transformer import BlockStack
 
 
 def require_compiler(device_type: str) -> None:
@@ -25,7 +25,7 @@ def require_compiler(device_type: str) -> None:
         )
 
 
-def compile_blocks(model: Transformer, fullgraph: bool = False) -> None:
+def compile_blocks(model: BlockStack, fullgraph: bool = False) -> None:
     """Compile each block by itself, in place: the graphs stay few and freezing a block recompiles that block only.
 
     Generation with a key/value cache, where every call has another shape, keeps to the plain block.
@@ -36,7 +36,7 @@ def compile_blocks(model: Transformer, fullgraph: bool = False) -> None:
     Raises:
         UserError: the model is on a CPU and no C++ compiler is there.
     """
-    require_compiler(model.embedding.weight.device.type)
+    require_compiler(model.head.weight.device.type)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in model.all_blocks():
         block.forward = _compiled_unless_cached(block.forward, fullgraph)  # type: ignore[method-assign]
@@ -45,7 +45,7 @@ def compile_blocks(model: Transformer, fullgraph: bool = False) -> None:
 def _compiled_unless_cached(forward: Callable[..., Tensor], fullgraph: bool) -> Callable[..., Tensor]:
     compiled = torch.compile(forward, fullgraph=fullgraph)
 
-    def either(x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: Any = None) -> Tensor:
+    def either(x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Any = None) -> Tensor:
         return compiled(x_BTD, rotary) if cache is None else forward(x_BTD, rotary, cache)
 
     return either

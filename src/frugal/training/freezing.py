@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from frugal.errors import UserError, require
-from frugal.model.config import Frozen, TransformerConfig, flops_per_token
+from frugal.model.config import BlocksConfig, Frozen, flops_per_token
 from frugal.model.frozen_counts import block_name
 
 EMBEDDING, HEAD = "embedding.weight", "head.weight"
@@ -207,7 +207,7 @@ def names_in(window: Window, names: Sequence[str], n_layers: int) -> set[str]:
             f"freezing.windows.layers: there is no layer {layer}; the model has {n_layers}, numbered from 0",
         )
         found |= matching((f"blocks.{layer % n_layers}",), names, "freezing.windows.layers")
-    return found | ({EMBEDDING} if window.embedding else set())
+    return found | (matching(("embedding",), names, "freezing.windows.embedding") if window.embedding else set())
 
 
 def expert_stacks(layer: int, n_layers: int) -> tuple[str, str]:
@@ -291,13 +291,13 @@ def chosen_experts(scores: Sequence[float], threshold: float) -> list[int]:
 # --- does it save anything?
 
 
-def savings(config: TransformerConfig, frozen: Frozen) -> float:
+def savings(config: BlocksConfig, frozen: Frozen) -> float:
     """The share of a step's FLOPs that freezing saves, at the longest sequence."""
     full = flops_per_token(config, config.max_seq_len).training
     return 1 - flops_per_token(config, config.max_seq_len, frozen).training / full
 
 
-def complaint(config: TransformerConfig, frozen: Frozen, names: Sequence[str]) -> str | None:
+def complaint(config: BlocksConfig, frozen: Frozen, names: Sequence[str]) -> str | None:
     """What a user should know about a freeze that saves nothing, or much less than it could; None if it is fine."""
     if not frozen:
         return None
@@ -305,8 +305,8 @@ def complaint(config: TransformerConfig, frozen: Frozen, names: Sequence[str]) -
     lowest = 0
     while lowest < config.n_layers and matching((f"blocks.{lowest}",), names, "") <= frozen.names:
         lowest += 1
-    if lowest and EMBEDDING not in frozen.names:
-        could = savings(config, Frozen(frozen.names | {EMBEDDING}, frozen.trained_rows))
+    if lowest and not set(config.input_names) <= frozen.names:
+        could = savings(config, Frozen(frozen.names | {*config.input_names}, frozen.trained_rows))
         tied = " (tied to the head, which goes on training it)" if config.tie_embeddings else ""
         return (
             f"the embedding below the {lowest} frozen lowest layer(s) still trains, so the whole backward pass runs "

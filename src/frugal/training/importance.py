@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from frugal.model.transformer import Transformer
+from frugal.model.transformer import BlockStack
 
 Units = dict[str, list[str]]  # the parameters of each unit
 
 
-def block_units(model: Transformer) -> Units:
+def block_units(model: BlockStack) -> Units:
     """Each stored block and its parameters under all their names; layers that share a block are one unit."""
     units: Units = {}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -53,7 +53,7 @@ def expert_mean_squares(tensors: Mapping[str, Tensor], stems: Iterable[str]) -> 
 
 @torch.no_grad()
 def routing_scores(
-    model: Transformer,
+    model: BlockStack,
     batches: Iterable[Any],
     visit: Callable[[Any], None],
     score: Literal["token", "gate"],
