@@ -6,7 +6,6 @@ import logging
 from dataclasses import replace
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -17,8 +16,6 @@ from frugal.data.adaptive import AdaptiveCurriculum, AdaptiveOrder, Bands, check
 from frugal.data.batches import (
     EvaluationSequences,
     ShardSampler,
-    StepSampler,
-    TimedLoader,
     TrainingSequences,
     data_ranks,
 )
@@ -28,28 +25,21 @@ from frugal.data.curriculum import (
     Curriculum,
     LengthStage,
     PacedOrder,
-    batch_size_at,
-    check_batches,
     check_lengths,
 )
 from frugal.data.difficulty import Difficulty, Scorer, difficulty_scores
 from frugal.data.mixture import Mixer, MixtureStage, check_stages
 from frugal.data.packing import Prepared, Split, prepare
 from frugal.data.sources import Source
+from frugal.data.stepping import PREFETCH, SteppedData
 from frugal.data.tokenization import TokenizerConfig, load_tokenizer, token_byte_lengths
-from frugal.data.transforms.base import SampleClock, TextTransform, TextTransforms, check_order, special_tokens
+from frugal.data.transforms.base import TextTransform, TextTransforms, check_order, special_tokens
 from frugal.errors import UserError
 
 log = logging.getLogger(__name__)
-PREFETCH = 2  # batches that each worker reads ahead
 
 
-def _as_is(batch: Any) -> Any:
-    """The datasets return whole batches."""
-    return batch
-
-
-class TextDataModule(pl.LightningDataModule):
+class TextDataModule(SteppedData):
     """Documents, tokenized and packed into fixed-length sequences.
 
     Args:
@@ -95,15 +85,9 @@ class TextDataModule(pl.LightningDataModule):
         curation: CurationConfig | None = None,
         batch_ramp: list[BatchStage] | None = None,
     ) -> None:
-        super().__init__()
-        for key, value, least in (
-            ("seq_len", seq_len, 1),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", 1 if eval_batch_size is None else eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise UserError(f"data.{key}: must be at least {least}, got {value}")
+        super().__init__(batch_size, eval_batch_size, num_workers, seed, batch_ramp)
+        if seq_len < 1:
+            raise UserError(f"data.seq_len: must be at least 1, got {seq_len}")
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction: must lie between 0 and 1, got {val_fraction}")
         self.transforms = transforms or []
@@ -115,8 +99,6 @@ class TextDataModule(pl.LightningDataModule):
         self.curation = curation
         self.curriculum, self.lengths = curriculum, lengths or []
         check_lengths(self.lengths, seq_len)
-        self.batch_ramp = batch_ramp or []
-        check_batches(self.batch_ramp)
         self.part_names = [part.called for part in source.parts()]
         own = {part.called: part.weight for part in source.parts()}
         self.mixture = mixture or [MixtureStage(0, own)]
@@ -127,12 +109,8 @@ class TextDataModule(pl.LightningDataModule):
             others = [key for key, value in (("data.curriculum", curriculum), ("data.mixture", mixture)) if value]
             check_adaptive(adaptive, len(self.part_names), num_workers, PREFETCH, others)
         self._stage_samples: list[int] = []  # first sample of each stage that has begun
-        self.seq_len, self.batch_size = seq_len, batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
-        self.num_workers, self.seed, self.cache_dir = num_workers, seed, cache_dir
+        self.seq_len, self.cache_dir = seq_len, cache_dir
         self.prepared: Prepared | None = None
-        self._clock = SampleClock()  # from where this process began
-        self._loaded: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
         """Prepare the corpus on one process; the others find it in the cache."""
@@ -163,48 +141,10 @@ class TextDataModule(pl.LightningDataModule):
         """Bytes of text per token, int64 [vocab]."""
         return torch.from_numpy(token_byte_lengths(self.tokenizer))
 
-    def _loader(self, dataset: Any, sampler: Any) -> TimedLoader:
-        return TimedLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=_as_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            prefetch_factor=PREFETCH if self.num_workers > 0 else None,
-            pin_memory=torch.cuda.is_available(),
-        )
-
     def train_dataloader(self) -> DataLoader:
         """Batches from the step that the trainer stands at to its last one."""
         assert self.prepared is not None and self.trainer is not None
-        if self.trainer.max_steps <= 0:
-            raise UserError("trainer.max_steps: must be positive; the run's length is counted in steps")
-        accumulate = self.trainer.accumulate_grad_batches
-        if self._loaded and self._loaded["accumulate_grad_batches"] != accumulate:
-            raise UserError(
-                f"trainer.accumulate_grad_batches: the checkpoint's steps have "
-                f"{self._loaded['accumulate_grad_batches']} micro-batches; resume with that number"
-            )
-        rank, ranks = data_ranks(self.trainer)
-        step, micro_batches = self.trainer.global_step, accumulate * ranks
-        sizes = [(stage.start, micro_batches * stage.batch_size) for stage in self.batch_ramp]
-        whole = SampleClock(0, 0, sizes[0][1] if sizes else micro_batches * self.batch_size, tuple(sizes[1:]))
-        self._clock = SampleClock(
-            step,
-            self._loaded.get("samples_seen", whole.sample(step)),
-            micro_batches * batch_size_at(self.batch_ramp, self.batch_size, step),
-            tuple(change for change in sizes if change[0] > step),
-        )
-        sampler = StepSampler(
-            start=self.trainer.global_step * accumulate,
-            stop=self.trainer.max_steps * accumulate,
-            batch_size=self.batch_size,
-            rank=rank,
-            world_size=ranks,
-            first_sample=self._clock.first_sample,
-            ramp=self.batch_ramp,
-            accumulate=accumulate,
-        )
+        sampler = self._begin()
         transforms = TextTransforms(self.transforms, self.tokenizer, self.seed) if self.transforms else None
         parts = [(part.start, part.start + len(part.train)) for part in self.prepared.parts]
         mixer = self._mixer() if len(parts) > 1 else None
@@ -225,11 +165,6 @@ class TextDataModule(pl.LightningDataModule):
         )
         self.train_loader = self._loader(self.training_sequences, sampler)
         return self.train_loader
-
-    @property
-    def waited_seconds(self) -> float:
-        """How long training has waited for batches in this process."""
-        return self.train_loader.waited
 
     def _paced(self) -> list[PacedOrder]:
         """The curriculum's order of each source's sequences."""
@@ -310,15 +245,11 @@ class TextDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer, so that a checkpoint can be used on its own, and where in the data the run stands."""
-        assert self.prepared is not None
-        assert self.trainer is not None
-        accumulate = self.trainer.accumulate_grad_batches
+        assert self.prepared is not None and self.trainer is not None
         return {
             "tokenizer": self.tokenizer.to_str(),
             "fingerprint": self.prepared.fingerprint,
-            "samples_seen": self._clock.sample(self.trainer.global_step),
-            "accumulate_grad_batches": accumulate,
-            "seed": self.seed,
+            **self._position(),
             "stage_samples": self._begun(self.trainer.global_step),
             **({"adaptive": self.adaptive.state_dict()} if self.adaptive else {}),
         }
@@ -335,9 +266,7 @@ class TextDataModule(pl.LightningDataModule):
                 "ckpt_path: the checkpoint was trained with another tokenizer; give the same data.source and "
                 "data.tokenizer, or save its tokenizer and set data.tokenizer.path"
             )
-        if state_dict["seed"] != self.seed:
-            raise UserError(f"seed_everything: the run's order of data belongs to seed {state_dict['seed']}; keep it")
-        self._loaded = {key: state_dict[key] for key in ("samples_seen", "accumulate_grad_batches")}
+        self._go_on(state_dict)
         self._loaded["stage_samples"] = state_dict.get("stage_samples", [])
         if self.adaptive and "adaptive" in state_dict:
             self.adaptive.load_state_dict(state_dict["adaptive"])
