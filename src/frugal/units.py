@@ -17,3 +17,8 @@ def duration(seconds: float) -> str:
     if total >= 3600:
         return f"{total // 3600} h {total % 3600 // 60:02d} min"
     return f"{total // 60} min {total % 60:02d} s" if total >= 60 else f"{seconds:.1f} s"
+
+
+def gib(size: float) -> str:
+    """Bytes as '1.25 GiB', or MiB below 128 of them."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.1f} MiB"

@@ -2,29 +2,32 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from frugal.callbacks.cost import CostMeter, measure_matmul_peak
+from frugal.callbacks.cost import CostMeter
+from frugal.callbacks.ledger import PARTS
+from frugal.callbacks.matmul_peak import measure_matmul_peak
 from frugal.errors import UserError
+from frugal.tracking.run_folder import read_lines
 
 TABLE = str(Path(__file__).parents[2] / "configs" / "hardware.yaml")
 
 
 def test_a_resumed_meter_goes_on_and_keeps_the_best_peak() -> None:
     first = CostMeter(hardware_file=TABLE)
-    first.tokens, first.flops = 100, 5e9
-    first.seconds = {"train": 7.0, "validation": 2.0, "other": 1.0}
-    first._mark = time.perf_counter()
+    first.ledger.tokens, first.ledger.flops = 100, 5e9
+    first.ledger.seconds |= {"step": 7.0, "validation": 2.0, "other": 1.0}
     first._keep_peak("cpu", 2e11)
     state = first.state_dict()
     second = CostMeter(hardware_file=TABLE)
     second.device_name = "cpu"
     second._keep_peak("cpu", 4e10)  # measured while the machine was busy
     second.load_state_dict(state)
-    assert (second.tokens, second.flops, second.peak_flops) == (100, 5e9, 2e11)
-    assert second.seconds["train"] == pytest.approx(7.0, abs=0.5)
+    assert (second.ledger.tokens, second.ledger.flops, second.peak_flops) == (100, 5e9, 2e11)
+    assert second.ledger.train_seconds == 7.0 and second.ledger.total_seconds == 10.0
     assert second._mfu(5e10, devices=2) == pytest.approx(0.125)
     assert CostMeter(hardware_file=TABLE, peak_tflops=3).peak_flops == 3e12
 
@@ -37,7 +40,7 @@ def test_the_peak_is_plausible() -> None:
 def test_a_device_without_a_row_has_no_estimate() -> None:
     meter = CostMeter(hardware_file=TABLE)
     meter.row = None
-    assert meter._estimates() == {"joules": None, "dollars": None}
+    assert meter._bill() == {"joules": None, "dollars": None}
 
 
 def test_impossible_settings_name_their_key() -> None:
@@ -57,3 +60,69 @@ def test_what_the_data_took_is_charged_once_however_often_a_run_is_resumed(train
     assert summary["global_step"] == 8
     assert summary["seconds_by_phase"]["data"] == meta["seconds_by_stage"]["synthesis"] > 0
     assert summary["seconds"] == pytest.approx(sum(summary["seconds_by_phase"].values()))
+
+
+def test_the_parts_add_up_to_the_wall_time(train: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
+    start = time.perf_counter()
+    folder = train("fit")
+    elapsed = time.perf_counter() - start
+    summary = json.loads((folder / "summary.json").read_text())
+    parts = summary["seconds_by_part"]
+    assert parts.keys() == set(PARTS) and all(seconds >= 0 for seconds in parts.values())
+    for total in (parts, summary["seconds_by_phase"]):
+        assert sum(total.values()) == pytest.approx(summary["seconds"])
+    # The corpus was made in this process, so nothing is billed beside the wall time; plots come after the bill.
+    assert summary["wall_seconds"] == summary["seconds"] < elapsed
+    assert (
+        parts["start_up"] > 0 and parts["checkpoint"] > 0 and parts["step"] > 0 and parts["data"] == 0 == parts["lost"]
+    )
+    assert summary["goodput"] == parts["step"] / summary["wall_seconds"] and summary["validations"] == 3
+    rows = [row for row in read_lines(folder / "metrics.jsonl") if "cost/seconds" in row]
+    for row in rows:
+        assert row["cost/seconds"] == pytest.approx(sum(row[f"cost/seconds/{part}"] for part in PARTS), rel=1e-5)
+        assert row["cost/seconds/training"] <= row["cost/seconds"] and 0 < row["speed/goodput"] < 1
+    assert f"goodput {summary['goodput']:.0%}" in capsys.readouterr().out
+
+
+def test_what_a_killed_run_spent_is_billed_and_its_steps_count_once(
+    resumes_exactly: Callable[..., tuple[Path, Path]],
+) -> None:
+    whole, cut = (json.loads((run / "summary.json").read_text()) for run in resumes_exactly())
+    # Cut within the hooks of step 8, before the meter had counted it; the checkpoint is that of step 6.
+    assert cut["lost"] == {"steps": 1, "tokens": 4 * 16, "flops": pytest.approx(whole["flops"] / 12)}
+    assert whole["lost"] == {"steps": 0, "tokens": 0, "flops": 0.0} and whole["seconds_by_part"]["lost"] == 0
+    assert cut["tokens_seen"] == whole["tokens_seen"] and cut["flops"] == whole["flops"]
+    assert cut["seconds_by_part"]["lost"] > 0
+    watts = cut["joules"] / cut["seconds"]
+    assert watts == pytest.approx(whole["joules"] / whole["seconds"], rel=1e-6)  # the lost seconds are paid for
+
+
+def test_compiling_has_an_account_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"compile": 0.0}
+    monkeypatch.setattr("frugal.callbacks.cost.compile_seconds", lambda: clock["compile"])
+    monkeypatch.setattr("frugal.callbacks.cost.time.perf_counter", lambda: clock["now"])
+    meter = CostMeter(hardware_file=TABLE)
+    clock["now"] = meter._mark = 100.0
+    meter._phase = "step"
+    meter._datamodule = SimpleNamespace(waited_seconds=0.0)
+    clock |= {"now": 110.0, "compile": 4.0}
+    meter._datamodule.waited_seconds = 1.0
+    meter._enter("validation")
+    clock |= {"now": 113.0, "compile": 5.0}
+    meter._enter("checkpoint")
+    clock |= {"now": 113.5}
+    meter._enter("step")
+    spent = {part: seconds for part, seconds in meter.ledger.seconds.items() if seconds}
+    assert spent == {"step": 5.0, "data_wait": 1.0, "compile": 5.0, "validation": 2.0, "checkpoint": 0.5}
+
+
+def test_measured_energy_replaces_the_estimate() -> None:
+    meter = CostMeter(hardware_file=TABLE, hardware="cpu")
+    meter.row, meter.units, meter.nodes = meter.rows[0], 2, 3
+    meter._pay(10.0)
+    assert meter.ledger.joules == 10 * meter.row.watts * 2
+    meter._counters = [SimpleNamespace(name="a", joules=lambda: 7.0), SimpleNamespace(name="b", joules=lambda: 2.0)]
+    meter._mark = time.perf_counter()
+    meter._lap()
+    assert meter.ledger.joules_measured == 27.0 and meter.ledger.joules == 200 + 27.0
+    assert meter._assumption().startswith("12% of the energy measured (a and b); cpu: 10 W")

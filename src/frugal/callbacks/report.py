@@ -13,14 +13,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from frugal.callbacks.cost import CostMeter, write_summary
+from frugal.callbacks.cost import CostMeter
 from frugal.callbacks.routing import RoutingMonitor
 from frugal.callbacks.samples import TextSamples
 from frugal.data.curation.report import TABLE, table
 from frugal.data.curation.stage import REPORT_FILES
 from frugal.tracking.card import print_card
 from frugal.tracking.plots import draw_run
-from frugal.tracking.run_folder import RunFolder
+from frugal.tracking.run_folder import RunFolder, write_json
 from frugal.training.loggers import SafeWandbLogger
 from frugal.training.stopping import Stopped
 
@@ -61,7 +61,7 @@ class RunReport(pl.Callback):
         summary["router"] = callbacks[RoutingMonitor].last or None
         summary["sample"] = callbacks[TextSamples].last
         summary["data_seconds_by_stage"] = getattr(trainer.datamodule, "seconds_by_stage", None)
-        write_summary(folder, summary)
+        write_json(folder.summary, summary, indent=2)
         pictures = draw_run(folder, pl_module.unit)
         curation = _copy_curation(trainer, folder)
         if curation:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ OPTIONS: set[str] = set()  # names of all options, filled by the parser, for sug
 
 class FrugalCLI(LightningCLI):
     """Adds to LightningCLI: the run's folder, W&B and file loggers, named callbacks, one-line errors."""
+
+    started: float | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Name the callbacks that every run has, and link keys that must agree."""
@@ -147,6 +150,8 @@ class FrugalCLI(LightningCLI):
         if isinstance(trainer.strategy, FSDP2Strategy):
             processes = trainer.num_nodes * trainer.num_devices
             trainer.strategy.check(self.model, processes, trainer.strategy.root_device.type)
+        for meter in (callback for callback in trainer.callbacks if isinstance(callback, CostMeter)):
+            meter.began = self.started
         for callback in trainer.checkpoint_callbacks:
             callback.dirpath = str(self.folder.checkpoints)  # type: ignore[attr-defined]
         if wants_logs:  # made last: loggers create the run's folder
@@ -250,8 +255,12 @@ def null_as_mapping(args: list[str]) -> list[str]:
     return found
 
 
-def main(args: list[str] | None = None) -> None:
-    """Parse, instantiate and run one of fit, validate, test and predict."""
+def main(args: list[str] | None = None, started: float | None = None) -> None:
+    """Parse, instantiate and run one of fit, validate, test and predict.
+
+    `started` is the `time.perf_counter()` of the program's start, from which the run is billed.
+    """
+    FrugalCLI.started = time.perf_counter() if started is None else started
     _quiet()
     keep_freed_memory()
     if args is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -111,14 +112,17 @@ class TextDataModule(SteppedData):
         self._stage_samples: list[int] = []  # first sample of each stage that has begun
         self.seq_len, self.cache_dir = seq_len, cache_dir
         self.prepared: Prepared | None = None
+        self.preparing_seconds = 0.0  # what this process has spent on making or finding the data
 
     def prepare_data(self) -> None:
         """Prepare the corpus on one process; the others find it in the cache."""
+        start = time.perf_counter()
         if self.transforms and self.tokenizer_config.file:
             TextTransforms(
                 self.transforms, load_tokenizer(self.tokenizer_config.file), self.seed
             )  # refused before work
         self._score(self._prepare())
+        self.preparing_seconds = time.perf_counter() - start
 
     def _prepare(self) -> Prepared:
         return prepare(self.source, self.tokenizer_config, self.val_fraction, self.cache_dir, self.split, self.curation)

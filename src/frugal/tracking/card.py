@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from frugal.units import duration, short
+from frugal.units import duration, gib, short
 
 # What a validation may have found beside its loss, and how it is shown.
 SCORES = {
@@ -27,17 +27,17 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         ("trained on", f"{short(summary['tokens_seen'])} tokens in {summary['global_step']:,} steps"),
         (
             "spent",
-            f"{short(summary['flops'], 'FLOPs')} · {duration(summary['seconds'])}"
-            f" ({', '.join(f'{p} {duration(s)}' for p, s in summary['seconds_by_phase'].items() if s >= 0.05)})",
+            f"{short(summary['flops'], 'FLOPs')} · {duration(summary['seconds'])} ({_parts(summary)})",
         ),
         (
             "speed",
             f"{summary['tokens_per_second']:,.0f} tokens/s · MFU {summary['mfu']:.0%} of the "
             f"{summary['peak_tflops_measured'] * 1000:,.0f} GFLOP/s measured here"
-            + (f" · {waited:.1%} waiting for data" if (waited := summary.get("wait_fraction")) is not None else ""),
+            + (f" · goodput {good:.0%}" if (good := summary.get("goodput")) is not None else "")
+            + (f" · {gib(memory)} at most" if (memory := summary.get("peak_memory_bytes")) else ""),
         ),
         (
-            "estimate",
+            "energy" if summary.get("joules_measured") else "estimate",
             (
                 f"{short(summary['joules'], 'J')} ({summary['joules'] / 3.6e6:.4f} kWh) · ${summary['dollars']:.4f}"
                 if summary["joules"] is not None
@@ -69,6 +69,15 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         # A young model may write control characters, which a terminal would obey.
         rows.append(("sample", "".join(c if c.isprintable() or c == "\n" else "·" for c in summary["sample"]).strip()))
     return rows + list(paths.items())
+
+
+def _parts(summary: dict[str, Any]) -> str:
+    """Where the seconds went, the largest part first; what is less than half a percent is left out."""
+    parts: dict[str, float] = summary.get("seconds_by_part") or summary["seconds_by_phase"]
+    shown = sorted(((s, part) for part, s in parts.items() if s >= 0.005 * summary["seconds"]), reverse=True)
+    text = ", ".join(f"{part.replace('_', ' ')} {duration(seconds)}" for seconds, part in shown)
+    lost = (summary.get("lost") or {}).get("steps", 0)
+    return text + (f"; {lost:,} steps done twice" if lost else "")
 
 
 def print_card(title: str, summary: dict[str, Any], paths: dict[str, str]) -> None:

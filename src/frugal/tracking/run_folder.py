@@ -83,6 +83,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def meter(self) -> Path:
+        """What the run has spent so far, kept current so that a killed run's bill is known."""
+        return self.path / "meter.json"
+
+    @property
     def plots(self) -> Path:
         """Folder of the run's pictures."""
         return self.path / "plots"
@@ -124,3 +129,11 @@ def keep_steps(path: Path, last_step: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         temporary.replace(path)
+
+
+def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
+    """Write a file in one move, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+    temporary.replace(path)
