@@ -3,11 +3,11 @@
 from frugal.callbacks.ledger import PARTS, Ledger
 
 
-def ledger(step: int, **seconds: float) -> Ledger:
+def ledger(done: int, **seconds: float) -> Ledger:
     return Ledger(
-        step=step,
-        tokens=10 * step,
-        flops=100.0 * step,
+        step=done,
+        tokens=10 * done,
+        flops=100.0 * done,
         dollars=sum(seconds.values()),
         joules=2 * sum(seconds.values()),
         seconds=dict.fromkeys(PARTS, 0.0) | seconds,
