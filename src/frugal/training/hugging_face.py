@@ -12,6 +12,7 @@ from frugal.errors import UserError, require
 from frugal.model.counts import Counts, Flops
 from frugal.model.hf_model import HFModel, hf_config, read_hf_config
 from frugal.schedule import WarmupStableDecay
+from frugal.training.fp8 import Float8
 from frugal.training.language_model import LanguageModel
 from frugal.training.lora import LoRA
 from frugal.training.losses import next_token_nll
@@ -37,6 +38,7 @@ class HuggingFaceModel(LanguageModel):
         parameter_groups: parameters with a learning rate or decay of their own.
         skip_spikes: leave out steps whose gradient is far above those before; null takes every step.
         lora: train low-rank adapters on frozen weights; null trains the weights.
+        fp8: take linear maps in float8, on a device that can; null keeps trainer.precision throughout.
     """
 
     def __init__(
@@ -50,10 +52,13 @@ class HuggingFaceModel(LanguageModel):
         parameter_groups: list[ParameterGroup] | None = None,
         skip_spikes: SkipSpikes | None = None,
         lora: LoRA | None = None,
+        fp8: Float8 | None = None,
     ) -> None:
         require((config is None) != (path is None), "model: set exactly one of config and path (a transformers model)")
         no_shape = cast(Any, None)  # it is no TransformerConfig
-        super().__init__(no_shape, optimizer, schedule, parameter_groups, compile, skip_spikes=skip_spikes, lora=lora)
+        super().__init__(
+            no_shape, optimizer, schedule, parameter_groups, compile, skip_spikes=skip_spikes, lora=lora, fp8=fp8
+        )
         self.values, self.path, self.load_weights = config, path, load_weights
         if config is not None:
             hf_config(config)  # a wrong key is refused before any data is read

@@ -17,6 +17,7 @@ from frugal.model.config import Counts, Flops, TransformerConfig, count_paramete
 from frugal.model.transformer import Transformer
 from frugal.schedule import LossWeight, WarmupStableDecay
 from frugal.training.compilation import compile_blocks, require_compiler
+from frugal.training.fp8 import Float8
 from frugal.training.initial import initial_shape, initial_weights
 from frugal.training.lora import LoRA
 from frugal.training.losses import next_token_nll, sum_and_nll, summed_nll
@@ -45,6 +46,7 @@ class LanguageModel(TrainingModule):
             Hugging Face folder (`frugal import` writes the config for it).
         skip_spikes: leave out steps whose gradient is far above those before; null takes every step.
         lora: train low-rank adapters on frozen weights; null trains the weights.
+        fp8: take linear maps in float8, on a device that can; null keeps trainer.precision throughout.
     """
 
     go_on = "frugal generate {run} --prompt '...'"
@@ -61,8 +63,9 @@ class LanguageModel(TrainingModule):
         init_from: str | None = None,
         skip_spikes: SkipSpikes | None = None,
         lora: LoRA | None = None,
+        fp8: Float8 | None = None,
     ) -> None:
-        super().__init__(optimizer, schedule, parameter_groups, skip_spikes, lora)
+        super().__init__(optimizer, schedule, parameter_groups, skip_spikes, lora, fp8)
         if lora is not None and transformer is not None and transformer.sharing:
             raise UserError("model.lora: cannot adapt layers that share their weights (model.transformer.sharing)")
         if loss_chunk is not None and loss_chunk < 0:

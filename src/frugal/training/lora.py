@@ -78,13 +78,13 @@ def adapted_modules(model: nn.Module, targets: Iterable[str] | None) -> list[str
     """
     matrices = [name for name, module in model.named_modules() if is_matrix(module)]
     if targets is None:
-        found = {name for name in matrices if not any(_names(pattern, name) for pattern in LEFT_ALONE)}
+        found = {name for name in matrices if not any(named_by(pattern, name) for pattern in LEFT_ALONE)}
     else:
         found = set()
         for pattern in targets:
-            hits = {name for name in matrices if _names(pattern, name)}
+            hits = {name for name in matrices if named_by(pattern, name)}
             if not hits:
-                stacks = [name for name, p in model.named_parameters() if p.ndim == 3 and _names(pattern, name)]
+                stacks = [name for name, p in model.named_parameters() if p.ndim == 3 and named_by(pattern, name)]
                 require(
                     not stacks,
                     f"model.lora.targets: {pattern!r} names stacked experts ({''.join(stacks[:1])}); an adapter of the "
@@ -92,7 +92,7 @@ def adapted_modules(model: nn.Module, targets: Iterable[str] | None) -> list[str
                 )
                 raise UserError(f"model.lora.targets: {pattern!r} matches no matrix; they are named like {matrices[0]}")
             found |= hits
-        heads = [name for name in found if any(_names(pattern, name) for pattern in HEADS)]
+        heads = [name for name in found if any(named_by(pattern, name) for pattern in HEADS)]
         require(not heads, f"model.lora.targets: {''.join(heads[:1])} is the output head; name it in model.lora.train")
     return [name for name in matrices if name in found]
 
@@ -107,7 +107,7 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _names(pattern: str, name: str) -> bool:
+def named_by(pattern: str, name: str) -> bool:
     """Whether a pattern names this module or parameter, or what holds it; `lm.` in front may be left out."""
     known = (name, name.removeprefix("lm."))
     return any(fnmatchcase(name, wanted) for name in known for wanted in (pattern, f"{pattern}.*"))
@@ -148,7 +148,7 @@ def add_adapters(model: nn.Module, lora: LoRA) -> Frozen:
 def _whole(model: nn.Module, patterns: Iterable[str]) -> set[int]:
     found: set[int] = set()
     for pattern in patterns:
-        hits = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if _names(pattern, name)}
+        hits = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if named_by(pattern, name)}
         require(bool(hits), f"model.lora.train: {pattern!r} matches no parameter")
         found |= hits
     return found

@@ -19,6 +19,7 @@ from frugal.errors import UserError
 from frugal.model.config import Counts, Flops, Frozen
 from frugal.schedule import WarmupStableDecay
 from frugal.training.clipping import clip_gradients, gradients
+from frugal.training.fp8 import Float8, convert_to_float8, require_float8
 from frugal.training.lora import LoRA, add_adapters, require_peft
 from frugal.training.muon import Muon
 from frugal.training.optim import (
@@ -51,6 +52,7 @@ class TrainingModule(pl.LightningModule):
         parameter_groups: parameters with a learning rate or decay of their own.
         skip_spikes: leave out steps whose gradient is far above those before; null takes every step.
         lora: train low-rank adapters on frozen weights; null trains the weights.
+        fp8: take linear maps in float8, on a device that can; null keeps trainer.precision throughout.
     """
 
     unit = "token"  # what the loss is a mean over
@@ -64,11 +66,14 @@ class TrainingModule(pl.LightningModule):
         parameter_groups: list[ParameterGroup] | None = None,
         skip_spikes: SkipSpikes | None = None,
         lora: LoRA | None = None,
+        fp8: Float8 | None = None,
     ) -> None:
         super().__init__()
         self.optimizer, self.schedule = optimizer, schedule
         self.parameter_groups = parameter_groups or []
-        self.skip_spikes, self.lora = skip_spikes, lora
+        self.skip_spikes, self.lora, self.fp8 = skip_spikes, lora, fp8
+        if lora is not None and fp8 is not None:
+            raise UserError("model.fp8: not with model.lora, whose frozen matrices keep their number format")
         if lora is not None:
             require_peft()
         self.seed = torch.initial_seed()
@@ -109,12 +114,18 @@ class TrainingModule(pl.LightningModule):
         raise NotImplementedError
 
     def _adapt(self, model: torch.nn.Module) -> None:
-        if self.lora is None:
+        """Put adapters or float8 maps into a model that has just been built and has its weights."""
+        if self.lora is None and self.fp8 is None:
             return
         strategy = self.trainer.strategy
         if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
-            raise UserError(f"model.lora: works on one device and under DDP, not with {type(strategy).__name__}")
-        self.frozen = add_adapters(model, self.lora)
+            key = "fp8" if self.fp8 else "lora"
+            raise UserError(f"model.{key}: works on one device and under DDP, not with {type(strategy).__name__}")
+        if self.lora is not None:
+            self.frozen = add_adapters(model, self.lora)
+        if self.fp8 is not None:
+            require_float8(self.fp8, str(self.trainer.precision), strategy.root_device)
+            convert_to_float8(model, self.fp8)
 
     # --- one optimizer step
 
