@@ -6,6 +6,11 @@ First the experts on every path against a plain loop (OUT/paths.md), last the th
 (OUT/throughput_*.md). Between them OUT/gpu_check.md with one row per mode: validation loss after the same steps (they
 should agree within the noise of a seed), tokens/s, MFU, or the last line of the error. Without a GPU it runs the modes
 that a CPU has.
+
+fp8 is model.fp8 (tensorwise) over bf16-mixed. To be looked at besides the loss: at this width of 96 it should be slower
+than bf16-mixed, so add wide rows, such as --model.transformer.d_model 2048 --model.transformer.d_ff 5504 (does it pay
+there, and does the compiled one fuse the casts?); the log says how many matrices were converted; on a card below
+compute capability 8.9 the row must hold the one-line refusal. With --model.fp8.recipe rowwise, likewise.
 """
 
 import json
@@ -16,7 +21,7 @@ from pathlib import Path
 import torch
 
 CPU = [("32-true", False), ("bf16-mixed", False), ("32-true", True)]
-CUDA = [(p, compiled) for p in ("32-true", "bf16-mixed", "16-mixed", "bf16-true") for compiled in (False, True)]
+CUDA = [(p, c) for p in ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "fp8") for c in (False, True)]
 
 
 def main(out: str, *options: str) -> None:
@@ -38,7 +43,9 @@ def main(out: str, *options: str) -> None:
     for precision, compiled in CUDA if cuda else CPU:
         name = f"check-{precision}{'-compiled' if compiled else ''}"
         command = [sys.executable, "train.py", "fit", "--run.name", name, "--run.root", str(folder / "runs")]
-        command += ["--run.wandb", "disabled", "--trainer.precision", precision, "--trainer.max_steps", steps]
+        command += ["--run.wandb", "disabled", "--trainer.max_steps", steps]
+        fp8 = ["--model.fp8.recipe", "tensorwise"] if precision == "fp8" else []
+        command += ["--trainer.precision", "bf16-mixed" if fp8 else precision, *fp8]
         command += ["--model.compile", str(compiled).lower(), *options]
         result = subprocess.run(command, capture_output=True, text=True)
         (folder / f"{name}.log").write_text(result.stdout + result.stderr)

@@ -105,7 +105,7 @@ class Freezing(pl.Callback):
             return
         self.model = pl_module.model
         require(pl_module.lora is None, "freezing: model.lora freezes all but its adapters already; use one of both")
-        require(pl_module.fp8 is None, "freezing: not with model.fp8, which takes the gradients of frozen weights, too")
+        require(pl_module.fp8 is None, "freezing: not with model.fp8, which takes frozen weights' gradients")
         require(isinstance(self.model, BlockStack), "freezing: works with our own model, not with one of transformers")
         self.named = dict(self.model.named_parameters(remove_duplicate=False))
         self.names = list(self.named)

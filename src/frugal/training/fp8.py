@@ -55,10 +55,10 @@ def require_float8(wanted: Float8, precision: str, device: torch.device) -> None
     if device.type != "cuda":
         raise UserError(f"model.fp8: needs a CUDA device of compute capability 8.9, not {device.type}; set it to null")
     found = torch.cuda.get_device_capability(device)
+    name, version = torch.cuda.get_device_name(device), ".".join(map(str, found))
     require(
         found >= CAPABILITY,
-        f"model.fp8: {torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, float8 needs 8.9; "
-        "use trainer.precision bf16-mixed",
+        f"model.fp8: {name} has compute capability {version}, float8 needs 8.9; use trainer.precision bf16-mixed",
     )
     require(precision in PRECISIONS, f"model.fp8: needs trainer.precision bf16-mixed or bf16-true, not {precision}")
 
@@ -93,11 +93,9 @@ def convert_to_float8(model: nn.Module, wanted: Float8) -> list[str]:
     for name in plain:  # latent attention decodes with the matrix itself
         layer: Any = model.get_submodule(name)
         layer.full_weight = types.MethodType(_weight, layer)
-    held = sum(model.get_submodule(name).weight.numel() for name in names)  # type: ignore[union-attr]
-    total = sum(p.numel() for p in model.parameters())
-    log.info(
-        "fp8: %d matrices with %.0f%% of all parameters in float8, %s", len(names), 100 * held / total, wanted.recipe
-    )
+    held = sum(model.get_parameter(f"{name}.weight").numel() for name in names)
+    share = 100 * held / sum(p.numel() for p in model.parameters())
+    log.info("fp8: %d matrices with %.0f%% of all parameters in float8, %s", len(names), share, wanted.recipe)
     return names
 
 
