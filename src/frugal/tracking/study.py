@@ -89,9 +89,12 @@ class Study:
         overlays: for all arms.
         options: for all arms.
         seeds: every arm is run with each.
-        target: `baseline` is the final loss of the baseline with the same seed; a number is bits per byte.
+        target: `baseline` is the final loss of the baseline with the same seed; a number is a value of the metric.
         lengths: shares of `steps` at which an arm may be run, in order; each run has a schedule of its own length.
         margin: relative difference of costs that does not matter.
+        metric: the loss that counts, for instance that of one source in place of all validation text's bits per byte.
+        clock: what a CPU's seconds are: those of its processor while training, which other programs hardly change, or
+            those of the clock, for techniques that use other processes (a busy machine spoils them).
         add_one_in: with `parts`, run each alone.
         leave_one_out: with `parts`, run the recipe without each.
         recipe_tune: a sweep for the whole recipe.
@@ -108,6 +111,8 @@ class Study:
     target: Literal["baseline"] | float = "baseline"
     lengths: list[float] = field(default_factory=lambda: [0.25, 0.35, 0.5, 0.7, 1.0, 1.4])
     margin: float = 0.02
+    metric: str = "val/bits_per_byte"
+    clock: Literal["processor", "wall"] = "processor"
     add_one_in: bool = True
     leave_one_out: bool = True
     recipe_tune: Tune | None = None

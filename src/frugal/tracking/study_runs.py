@@ -18,11 +18,13 @@ from typing import Any
 import yaml
 
 from frugal.errors import UserError
+from frugal.tracking.run_folder import read_lines
 from frugal.tracking.statistics import Point
 from frugal.tracking.study import AXES, Arm, RunSpec, Study, run_spec
 from frugal.units import duration
 
 log = logging.getLogger(__name__)
+STOPPED = 75  # exit code of a run that was told to stop
 Start = Callable[[list[str], Path], int]  # command of train.py, log file -> exit status
 
 
@@ -43,14 +45,15 @@ class Result:
 
     @property
     def point(self) -> Point:
-        """Loss in bits per byte and the five costs."""
-        return Point(self.summary["val_bits_per_byte"], costs_of(self.summary))
+        """Loss and the five costs."""
+        return Point(self.summary["loss"], costs_of(self.summary))
 
 
 def costs_of(summary: dict[str, Any]) -> dict[str, float]:
     """What a run spent, by axis, without its validation, which is the measurement.
 
-    On a CPU the training seconds are processor seconds by thread: what a machine takes that does nothing else.
+    On a CPU the training seconds are processor seconds by thread: what a machine takes that does nothing else. A
+    summary without them has those of the clock.
     """
     phases = summary["seconds_by_phase"]
     seconds = wall = sum(value for phase, value in phases.items() if phase != "validation")
@@ -108,7 +111,14 @@ class StudyRuns:
 
     def _summary(self, key: str) -> dict[str, Any] | None:
         found = sorted((self.out / "runs").glob(f"*_{key}/*/summary.json"))
-        return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
+        if not found:
+            return None
+        summary = json.loads(found[-1].read_text(encoding="utf-8"))
+        rows = [row for row in read_lines(found[-1].with_name("metrics.jsonl")) if self.study.metric in row]
+        summary["loss"] = rows[-1][self.study.metric] if rows else None
+        if self.study.clock == "wall":
+            del summary["train_cpu_seconds"]
+        return summary
 
     def _make(self, spec: RunSpec, key: str) -> dict[str, Any] | None:
         if self.start is None or spec.name in self.failures:
@@ -122,16 +132,16 @@ class StudyRuns:
         command = [sys.executable, "train.py", "fit", "--config", str(file), "--ckpt_path", "last"]
         output, began = file.with_suffix(".log"), time.monotonic()
         status = self.start(command, output)
+        if status == STOPPED:
+            raise UserError(f"{spec.name}: was told to stop and has saved its state; the same command goes on")
         summary = self._summary(key)
-        if status or summary is None or summary.get("val_bits_per_byte") is None:
+        if status or summary is None or summary["loss"] is None:
             lines = output.read_text(encoding="utf-8").strip().splitlines() if output.is_file() else []
             self.failures[spec.name] = lines[-1] if lines else f"exit status {status}"
             log.warning("%s failed: %s (%s)", spec.name, self.failures[spec.name], output)
             return None
         self.made += 1
-        log.info(
-            "%s: %.4f bits per byte in %s", spec.name, summary["val_bits_per_byte"], duration(time.monotonic() - began)
-        )
+        log.info("%s: %s %.4f in %s", spec.name, self.study.metric, summary["loss"], duration(time.monotonic() - began))
         return summary
 
     # --- sweeps

@@ -1,0 +1,92 @@
+"""`frugal savings`: every shipped study is accepted, and a real one of seconds goes from arms to a report."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from frugal.cli.train import build
+from frugal.cli.train import main as train
+from frugal.cli.verbs import main
+from frugal.tracking.study import read_study, run_spec
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_arm_of_a_shipped_study_is_accepted(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    study = read_study(str(path))
+    seen = []
+    steps = round(study.lengths[0] * study.steps)  # the shortest run: where shares of the steps come closest
+    for arm in study.all_arms():
+        tune = arm.tune or study.base.tune
+        spec = run_spec(study, arm, 1, steps, {tune.key: tune.grid[0]} if tune else {})
+        if spec.overlay in seen:
+            continue
+        seen.append(spec.overlay)
+        file = tmp_path / "overlay.yaml"
+        file.write_text(yaml.safe_dump({**spec.overlay, "run": {"root": str(tmp_path)}}))
+        assert build(["fit", "--config", str(file), "--trainer.logger", "false"]).trainer.max_steps == steps
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies_open_with_a_header(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Question:", "Command:", "Time:", "Result:"):
+        assert any(line.startswith(f"# {word}") for line in header), f"{path.name} lacks {word}"
+    assert f"configs/studies/{path.name}" in "\n".join(header) or "make study" in "\n".join(header)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs of a study are made in this process, which is faster than a new one each; returns the overlays' names."""
+    made: list[str] = []
+
+    def start(command: list[str], log_file: Path, threads: int = 1) -> int:
+        made.append(log_file.stem)
+        train(command[2:])
+        return 0
+
+    monkeypatch.setattr("frugal.tracking.study_runs.start_process", start)
+    return made
+
+
+def test_a_study_runs_reports_and_is_not_run_twice(
+    project: Path, in_process: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copy(ROOT / "train.py", project)
+    (project / "small.yaml").write_text(
+        "question: does a wider feed-forward layer save steps?\nsteps: 8\nseeds: [1, 2]\nlengths: [0.5, 1.0]\n"
+        "overlays: [tiny.yaml]\narms: [{name: wide, options: {model: {transformer: {d_ff: 64}}}}]\n"
+    )
+    command = ["savings", "small.yaml", "--out", "out", "--wandb", "disabled"]
+    main(command)
+    shown = capsys.readouterr().out
+    assert "# Savings study: small" in shown and "| wide | **" in shown
+    before = list(in_process)
+    assert 4 <= len(before) == len(set(before)) <= 6
+    main([*command, "--report_only"])
+    main(command)
+    assert in_process == before
+    assert (project / "out/small/small.png").is_file() and (project / "out/small/small.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.yaml"], "study: no file nowhere.yaml"),
+        (["configs/studies/quick.yaml", "--seeds", "9"], "seeds: the study has 3, got 9"),
+        (["configs/studies/quick.yaml", "--wandb", "maybe"], "wandb: auto, online"),
+        (["configs/studies/quick.yaml", "--jobs", "0"], "jobs: must be positive"),
+    ],
+)
+def test_a_fault_is_one_line(project: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    shutil.copy(ROOT / "train.py", project)
+    with pytest.raises(SystemExit) as stopped:
+        main(["savings", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
