@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from frugal.cli.checkpoints import inspect_, verify
+from frugal.cli.compare import compare
 from frugal.cli.curate import curate
 from frugal.cli.errors import one_line_errors
 from frugal.cli.launch import cancel, local, status
@@ -58,6 +59,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "count": count,
     "shapes": shapes,
     "export": export,
+    "compare": compare,
     "savings": savings,
     "synthesize": synthesize,
     "import": import_,

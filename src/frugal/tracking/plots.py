@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito (2008): distinguishable with every common colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
+OKABE_ITO = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def new_figure(**kwargs: Any) -> Figure:

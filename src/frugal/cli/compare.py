@@ -1,0 +1,26 @@
+"""The verb that lays runs side by side."""
+
+from __future__ import annotations
+
+
+def compare(runs: list[str], out: str = "compare.png") -> None:
+    """Lay runs side by side: what differs in their configs, what they reached and spent, loss against each cost.
+
+    Args:
+        runs: run folders or folders that hold runs, .wandb files, or ENTITY/PROJECT of the W&B server.
+        out: picture to write: loss against tokens, FLOPs, seconds and dollars, Pareto front marked.
+    """
+    from pathlib import Path
+
+    from frugal.errors import UserError, require
+    from frugal.tracking.compare import comparison_figure, report
+    from frugal.tracking.read_runs import read_runs
+
+    require(Path(out).suffix in (".png", ".svg", ".pdf"), f"out: {out} must end in .png, .svg or .pdf")
+    found = read_runs(runs)
+    print(report(found))
+    try:
+        comparison_figure(found).savefig(out)
+    except OSError as error:
+        raise UserError(f"out: cannot write {out} ({error.strerror})") from None
+    print(f"\nwritten to {out}")

@@ -1,0 +1,132 @@
+"""Runs as data: from a run's folder, from W&B's offline files, or from a W&B project. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from frugal.errors import UserError
+from frugal.tracking.run_folder import RunFolder, read_lines
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run: its config by dotted key, its logged rows in order, and its closing figures."""
+
+    name: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A config tree by dotted key as users write it: `init_args` is left out."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, prefix if key == "init_args" else f"{prefix}.{key}".lstrip("."))
+    return found
+
+
+def read_runs(sources: Iterable[str]) -> list[RunData]:
+    """Read runs from what users name.
+
+    Args:
+        sources: a run's folder, or one that holds runs at any depth; a .wandb file, or a folder that holds one;
+            `ENTITY/PROJECT` or `ENTITY/PROJECT/RUN_ID` of the W&B server.
+
+    Raises:
+        UserError: nothing there, or the server does not answer.
+    """
+    runs: list[RunData] = []
+    for source in sources:
+        runs += _read(source)
+    return list({run.name: run for run in runs}.values())
+
+
+def _read(source: str) -> list[RunData]:
+    path = Path(source)
+    if path.is_file() and path.suffix == ".wandb":
+        return [read_wandb_file(path)]
+    if path.is_dir():
+        folders = sorted({file.parent for file in path.rglob("metrics.jsonl")})
+        if folders:
+            return [read_folder(folder) for folder in folders]
+        if files := sorted(path.rglob("*.wandb")):
+            return [read_wandb_file(file) for file in files]
+        raise UserError(f"runs: {source} holds neither a run (metrics.jsonl) nor W&B's files (*.wandb)")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", source):
+        return read_online(source)
+    raise UserError(f"runs: no run {source}: name a folder, a .wandb file, or ENTITY/PROJECT")
+
+
+def read_folder(folder: Path) -> RunData:
+    """A run's own files; `summary.json` is there once it has ended."""
+    run = RunFolder(folder)
+    file = folder / "config.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    summary = json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.is_file() else {}
+    return RunData(f"{folder.parent.name}/{run.id}", flat(config), read_lines(run.metrics), summary)
+
+
+def read_wandb_file(file: Path) -> RunData:
+    """W&B's own file of a run, as `wandb leet inspect` tells it."""
+    beside = Path(sys.executable).parent / "wandb"
+    program = str(beside) if beside.is_file() else shutil.which("wandb") or "wandb"
+    made = subprocess.run(
+        [program, "leet", "inspect", "--json", str(file)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        lines = made.stderr.strip().splitlines()
+        raise UserError(f"runs: wandb cannot read {file}: {lines[-1] if lines else 'no reason given'}")
+    name, rows = file.stem, []
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    for line in filter(str.strip, made.stdout.splitlines()):
+        record = json.loads(line)
+        kind = record["type"]
+        if kind == "run":
+            name = record["run"].get("display_name") or name
+        elif kind == "config":
+            config |= record["config"].get("update", {})
+        elif kind == "summary":
+            summary |= record["summary"].get("update", {})
+        elif kind == "history":
+            rows.append(_row(record["history"]["item"]))
+    if not config and not rows:
+        raise UserError(f"runs: wandb cannot read {file}: there is no run in it")
+    return RunData(name, flat({k: v for k, v in config.items() if k != "_wandb"}), rows, summary)
+
+
+def _row(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of W&B's history as metrics.jsonl has it."""
+    row = {key: value for key, value in item.items() if not key.startswith("_") and isinstance(value, int | float)}
+    return {"step": item.get("trainer/global_step", item.get("_step")), **row}
+
+
+def read_online(path: str) -> list[RunData]:
+    """Runs of a W&B project, or one of them by its id."""
+    import wandb
+
+    try:
+        api = wandb.Api(timeout=20)
+        found = [api.run(path)] if path.count("/") == 2 else list(api.runs(path))
+        return [
+            RunData(str(run.name), flat(dict(run.config)), [_row(row) for row in run.scan_history()], dict(run.summary))
+            for run in found
+        ]
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"runs: there is no folder {path}, and W&B has no such project or does not answer: {reason[0]}"
+        ) from None

@@ -1,0 +1,90 @@
+"""Runs side by side: differences, costs at a validation, the Pareto front, and the same run from its three sources."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from frugal.cli.verbs import main
+from frugal.errors import UserError
+from frugal.tracking.compare import AXES, comparison_figure, config_differences, curve, metric_table, pareto
+from frugal.tracking.read_runs import RunData, flat, read_runs
+
+
+def run(name: str, config: dict | None = None, rows: list[dict] | None = None) -> RunData:
+    return RunData(name, flat(config or {}), rows or [], {})
+
+
+def test_only_what_differs_is_shown() -> None:
+    a = run("a", {"model": {"init_args": {"d": 1, "moe": None}}, "run": {"name": "a"}, "seed": 1})
+    b = run("b", {"model": {"init_args": {"d": 2, "moe": {"k": 2}}}, "run": {"name": "b"}, "seed": 1})
+    assert config_differences([a, b]) == {"model.d": [1, 2], "model.moe": [None, "-"], "model.moe.k": ["-", 2]}
+
+
+def test_a_validation_costs_what_stands_in_the_training_row_at_or_after_it() -> None:
+    rows = [
+        {"step": 3, "val/bits_per_byte": 3.0},
+        {"step": 4, "cost/flops": 50.0},
+        {"step": 9, "cost/flops": 100.0},
+        {"step": 9, "val/bits_per_byte": 2.0},
+        {"step": 11, "val/bits_per_byte": 1.9},
+    ]
+    assert curve(run("a", rows=rows), "cost/flops") == [(50.0, 3.0), (100.0, 2.0), (100.0, 1.9)]
+    assert curve(run("a", rows=rows), "cost/dollars") == []
+
+
+POINTS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from("abc")), min_size=1, max_size=12)
+
+
+@given(POINTS)
+def test_the_front_is_what_nothing_beats(points: list[tuple[int, int, str]]) -> None:
+    def beaten(p: tuple[int, int, str]) -> bool:
+        return any(q[0] <= p[0] and q[1] <= p[1] and q[:2] != p[:2] for q in points)
+
+    assert pareto(points) == sorted(p for p in points if not beaten(p))
+
+
+def test_the_same_run_from_its_folder_and_from_the_offline_file(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    folder = train("fit", "--run.wandb", "offline", "--trainer.max_steps", "8")
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    (own,), (offline,) = read_runs([str(folder)]), read_runs([str(file)])
+    assert own.name == offline.name == f"base/{folder.name}"
+    assert own.config == offline.config
+    for axis in AXES:
+        assert curve(own, axis) == [pytest.approx(point) for point in curve(offline, axis)] != []
+    header, rows = metric_table([own])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert rows[0][header.index("bits per byte")] == f"{summary['val_bits_per_byte']:.4f}"
+    assert rows[0][header.index("on the front of")] == "tokens, FLOPs, seconds, US dollars"
+
+    train("fit", "--run.name", "wide", "--trainer.max_steps", "8", "--model.transformer.d_ff", "64")
+    capsys.readouterr()
+    main(["compare", "runs", "--out", "side.png"])
+    shown = capsys.readouterr().out
+    assert "| `model.transformer.d_ff` | 32 | 64 |" in shown and "optimizer" not in shown
+    assert Path("side.png").stat().st_size > 20_000
+
+
+def test_the_picture_has_units_and_the_front() -> None:
+    rows = [{"step": 0, "cost/tokens": 10.0, "cost/flops": 1e3}, {"step": 0, "val/bits_per_byte": 2.0}]
+    figure = comparison_figure([run("a/1", rows=rows), run("b/1", rows=rows)])
+    labels = [axis.get_xlabel() for axis in figure.axes]
+    assert labels == ["tokens", "FLOPs", "seconds", "US dollars"]
+    assert figure.axes[0].get_ylabel() == "validation loss (bits per byte)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a/1", "b/1", "Pareto front"]
+    assert figure.axes[2].texts[0].get_text() == "not logged by these runs"
+
+
+def test_what_is_no_run_is_said(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="holds neither a run"):
+        read_runs(["configs"])
+    with pytest.raises(UserError, match="no run nothing/at/all/here"):
+        read_runs(["nothing/at/all/here"])
+    (project / "broken.wandb").write_bytes(b"no log")
+    with pytest.raises(UserError, match=r"wandb cannot read broken\.wandb"):
+        read_runs(["broken.wandb"])
