@@ -51,6 +51,49 @@ def local(
         raise UserError(f"{len(failed)} of {len(entries)} runs failed: {' '.join(failed)}")
 
 
+def slurm(
+    configs: list[str],
+    cluster: str = "configs/cluster/example.yaml",
+    seeds: list[int] = [],  # noqa: B006
+    grid: list[str] = [],  # noqa: B006
+    hours: float | None = None,
+    priority: int = 0,
+    retries: int = 2,
+    options: list[str] = [],  # noqa: B006
+    root: str = DEFAULT_ROOT,
+) -> None:
+    """Submit experiments to Slurm, as an array if there are several; without a config, submit again what was stopped.
+
+    Args:
+        configs: overlays, one experiment each; a+b loads both; base is the default run.
+        cluster: a file of configs/cluster/.
+        seeds: one run of each experiment per seed.
+        grid: values to try, in every combination: key=value,value.
+        hours: time limit; the cluster's file has one, too. A run that reaches it is requeued and goes on.
+        priority: chooses partition or QOS by the cluster's file.
+        retries: how often a run that crashes goes on from its last checkpoint.
+        options: for train.py fit; all that stands behind --.
+        root: folder of runs whose stopped jobs to submit again.
+    """
+    from pathlib import Path
+
+    from frugal.errors import UserError
+    from frugal.launch.jobs import jobs_for
+    from frugal.launch.slurm import load_cluster, submit
+
+    profile = load_cluster(Path(cluster))
+    if hours is not None and hours <= 0:
+        raise UserError(f"hours: must be positive, got {hours}")
+    if configs:
+        jobs = jobs_for([c for c in configs if c != "base"], seeds, parse_grid(grid), options, priority, "slurm")
+    else:
+        jobs = [job for job, state in _states(root) if state == "stopped" and job.cluster == "slurm"]
+        if not jobs:
+            raise UserError(f"configs: name one; no stopped job lies under {root}/")
+    for job in submit(jobs, profile, hours, retries):
+        print(f"{job.name} {job.id}: slurm {job.slurm_id}; {job.output}")
+
+
 def status(root: str = DEFAULT_ROOT, json: bool = False) -> None:
     """List the launched runs: state, step, newest losses.
 
@@ -91,6 +134,7 @@ def cancel(runs: list[str], root: str = DEFAULT_ROOT) -> None:
         root: folder of runs.
     """
     from frugal.errors import UserError
+    from frugal.launch.slurm import cancel as cancel_slurm
     from frugal.launch.state import cancel as cancel_local
 
     open_jobs = [(job, state) for job, state in _states(root) if state in ("waiting", "running", "stopped")]
@@ -99,7 +143,7 @@ def cancel(runs: list[str], root: str = DEFAULT_ROOT) -> None:
             raise UserError(f"runs: no unfinished run {wanted} under {root}/; see `frugal launch status`")
     for job, state in open_jobs:
         if {"all", job.id, job.name} & set(runs):
-            cancel_local(job)
+            (cancel_slurm if job.cluster == "slurm" else cancel_local)(job)
             print(f"{job.name} {job.id}: cancelled ({state})")
 
 
@@ -125,6 +169,9 @@ def _states(root: str) -> list[tuple[Any, str]]:
     from pathlib import Path
 
     from frugal.launch.jobs import all_jobs
+    from frugal.launch.slurm import slurm_states
     from frugal.launch.state import state_of
 
-    return [(job, state_of(job)["state"]) for job in all_jobs(Path(root))]
+    jobs = all_jobs(Path(root))
+    alive = slurm_states() if any(job.cluster == "slurm" for job in jobs) else {}
+    return [(job, state_of(job, job.slurm_id in alive)["state"]) for job in jobs]

@@ -14,7 +14,7 @@ from frugal.cli.checkpoints import inspect_, verify
 from frugal.cli.compare import compare
 from frugal.cli.curate import curate
 from frugal.cli.errors import one_line_errors
-from frugal.cli.launch import cancel, local, status
+from frugal.cli.launch import cancel, local, slurm, status
 from frugal.cli.model_verbs import count, export, import_, shapes
 from frugal.cli.prepare import prepare
 from frugal.cli.savings import savings
@@ -68,7 +68,7 @@ VERBS: dict[str, Callable[..., None]] = {
 
 # Verbs of two words.
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
-    "launch": {"local": local, "status": status, "cancel": cancel},
+    "launch": {"local": local, "slurm": slurm, "status": status, "cancel": cancel},
     "ckpt": {"inspect": inspect_, "verify": verify},
 }
 

@@ -47,11 +47,16 @@ def note(job: Job, state: str, **more: Any) -> None:
     write_whole(job.place / "state.json", {"state": state, **rank, "time": time.time(), **more})
 
 
-def state_of(job: Job) -> dict[str, Any]:
-    """A job's state; waiting or running without a process that cares for it is `stopped`."""
+def state_of(job: Job, alive: bool = False) -> dict[str, Any]:
+    """A job's state; waiting or running without a process that cares for it is `stopped`.
+
+    Args:
+        job: which.
+        alive: whether Slurm knows the job still.
+    """
     path = job.place / "state.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"state": "stopped"}
-    if found["state"] in ("waiting", "running") and not is_locked(queue_folder(job) / job.id):
+    if found["state"] in ("waiting", "running") and not alive and not is_locked(queue_folder(job) / job.id):
         found["state"] = "stopped"
     return found
 
