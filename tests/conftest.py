@@ -64,12 +64,18 @@ cost: {peak_tflops: 0.1}
 """
 
 
+def prepare_project(folder: Path) -> Path:
+    """Put the shipped configs, `tiny.yaml` (an overlay of seconds) and `text.txt` into a folder."""
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    (folder / "text.txt").write_text(make_text(400))
+    (folder / "tiny.yaml").write_text(TINY)
+    return folder
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the shipped configs, `tiny.yaml` (an overlay of seconds) and `text.txt`; the current directory."""
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / "text.txt").write_text(make_text(400))
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    prepare_project(tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("WANDB_MODE", "WANDB_API_KEY", "LOCAL_RANK", "FRUGAL_RUN_FOLDER"):
         monkeypatch.delenv(name, raising=False)

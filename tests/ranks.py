@@ -2,8 +2,8 @@
 
     python tests/ranks.py N JOBS.json
 
-A job is the arguments of train.py, and `folder`, the run's folder. With CHECK in the environment, `module:function` is
-called in every process in place of jobs.
+A job is the arguments of train.py (`args`) and the run's folder (`folder`), or `call`, a `module:function` of this
+folder to be called in every process.
 """
 
 from __future__ import annotations
@@ -34,19 +34,16 @@ def work(rank: int, n: int, port: int, jobs: list[dict[str, Any]]) -> None:
     """What one process does."""
     from frugal.cli.train import main
 
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANKS": str(n), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for job in jobs:
         if "call" in job:
             module, _, name = job["call"].partition(":")
-            getattr(__import__(module), name)(**job.get("kwargs", {}))
+            getattr(__import__(module), name)()
             continue
         os.environ["FRUGAL_RUN_FOLDER"] = job["folder"]
         sys.argv = ["train.py", *job["args"], "--trainer.accelerator", "cpu", "--trainer.devices", str(n)]
-        try:
-            main()
-        except SystemExit:
-            if not job.get("fails"):
-                raise
+        main()
 
 
 def start(n: int, path: str) -> int:

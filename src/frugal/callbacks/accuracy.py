@@ -64,11 +64,12 @@ class TaskAccuracy(pl.Callback):
         return self._items
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Every process asks its share of the questions; the means are over all."""
+        """Every process asks its share of the questions (all, where they share the weights); the means are over all."""
         if trainer.sanity_checking:
             return
         tokenizer = trainer.datamodule.tokenizer
-        share = self.items()[trainer.global_rank :: trainer.world_size]
+        sharded = any(hasattr(p, "to_local") for p in pl_module.parameters())
+        share = self.items() if sharded else self.items()[trainer.global_rank :: trainer.world_size]
         found = accuracy(pl_module.model, tokenizer, self.tasks, share, self.max_new_tokens)
         asked = {key: sum((item.task, item.level) == key for item in share) for key in found}
         keys = list(dict.fromkeys((item.task, item.level) for item in self.items()))

@@ -30,6 +30,7 @@ from frugal.training.importance import (
     expert_mean_squares,
     routing_scores,
 )
+from frugal.training.sharded import distribute_like
 from frugal.training.strategies import FSDP2Strategy
 
 log = logging.getLogger(__name__)
@@ -287,7 +288,7 @@ class Freezing(pl.Callback):
             self._loads[layer] = self._loads.get(layer, 0) + moe.load
         if self.importance.decides_after(step):
             if self.importance.measure == "plasticity":
-                base = {name: self._reference[name].to(p.device) for name, p in self.named.items()}
+                base = {name: distribute_like(self._reference[name], p) for name, p in self.named.items()}
                 self._add(self._ratios(lambda name, old: self.named[name].detach() - old, base))
             self._decide(trainer, step, self.importance)
 

@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from frugal.callbacks.cost import CostMeter
@@ -143,10 +144,24 @@ class FrugalCLI(LightningCLI):
         monitors = [RoutingMonitor(), CurriculumMonitor()]
         extra = [WriteConfig(self), *monitors, Progress(), BestCheckpoint(), RunReport()]
         trainer_config["callbacks"] = [*(trainer_config.get("callbacks") or []), *(extra if fitting else [Progress()])]
+        strategy = trainer_config.get("strategy")
+        if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
+            raise UserError(
+                "trainer.strategy: FSDP1 flattens weights to vectors, which the optimizer's groups would not decay; use "
+                "configs/strategy/fsdp2.yaml"
+            )
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
-            raise error if isinstance(error, UserError) else UserError(f"trainer: {error}") from None
+            if isinstance(error, UserError):
+                raise
+            if isinstance(strategy, str) and "invalid strategy" in str(error):
+                raise UserError(
+                    f"trainer.strategy: {strategy} is none; see the fragments in configs/strategy/"
+                ) from None
+            if isinstance(strategy, Strategy):
+                raise UserError(f"trainer.strategy: {type(strategy).__name__}: {error}") from None
+            raise UserError(f"trainer: {error}") from None
         if isinstance(trainer.strategy, FSDP2Strategy):
             processes = trainer.num_nodes * trainer.num_devices
             trainer.strategy.check(self.model, processes, trainer.strategy.root_device.type)

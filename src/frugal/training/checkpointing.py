@@ -30,10 +30,10 @@ def checkpoint_file(checkpoint: str) -> Path:
         UserError: a folder without either.
     """
     path = Path(checkpoint)
-    if not path.is_dir():
+    if not path.is_dir() or is_sharded(path):
         return path
     for name in ("best", "last"):
-        if (file := path / "checkpoints" / f"{name}.ckpt").is_file():
+        if (file := path / "checkpoints" / f"{name}.ckpt").is_file() or is_sharded(file):
             return file
     raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt in this folder")
 

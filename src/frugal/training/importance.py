@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from frugal.model.linear import local
 from frugal.model.transformer import BlockStack
 
 Units = dict[str, list[str]]  # the parameters of each unit
@@ -29,14 +30,18 @@ def block_units(model: BlockStack) -> Units:
 
 
 def block_mean_squares(tensors: Mapping[str, Tensor], units: Units) -> dict[str, float]:
-    """Mean square over all elements of a unit's tensors; a unit without any is left out."""
-    found: dict[str, float] = {}
-    for unit, names in units.items():
-        inside = [tensors[name] for name in names if name in tensors]
-        if inside:
-            total = torch.stack([t.detach().float().square().sum() for t in inside]).sum()
-            found[unit] = total.item() / sum(t.numel() for t in inside)
-    return found
+    """Mean square over all elements of a unit's tensors, sharded or not; a unit without any is left out."""
+    inside = {unit: [tensors[name] for name in names if name in tensors] for unit, names in units.items()}
+    inside = {unit: members for unit, members in inside.items() if members}
+    if not inside:
+        return {}
+    totals = torch.stack(
+        [torch.stack([local(t.detach()).float().square().sum() for t in m]).sum() for m in inside.values()]
+    )
+    if any(hasattr(t, "to_local") for members in inside.values() for t in members):
+        torch.distributed.all_reduce(totals)  # each element is on exactly one process
+    sizes = [sum(t.numel() for t in members) for members in inside.values()]
+    return {unit: total / size for unit, total, size in zip(inside, totals.tolist(), sizes, strict=True)}
 
 
 def expert_mean_squares(tensors: Mapping[str, Tensor], stems: Iterable[str]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from frugal.data.batches import IGNORE
 from frugal.errors import UserError
 from frugal.model.config import Counts, Flops, TransformerConfig, count_parameters, flops_per_token
+from frugal.model.recompute import recompute_blocks
 from frugal.model.transformer import Transformer
 from frugal.schedule import LossWeight, WarmupStableDecay
 from frugal.training.compilation import compile_blocks, require_compiler
@@ -40,6 +41,8 @@ class LanguageModel(TrainingModule):
         schedule: the learning rate over the steps of the run (trainer.max_steps).
         parameter_groups: parameters with a learning rate or decay of their own.
         compile: compile each block with torch.compile (needs a C++ compiler on CPU).
+        activation_checkpointing: keep only each block's input and compute the rest again in the backward pass: a third
+            more FLOPs (not counted in cost/flops), a fraction of the memory.
         mtp_loss_weight: weight of multi-token prediction's mean loss, where model.transformer.n_mtp switches it on.
         loss_chunk: positions whose logits exist at once in training; 0 keeps all logits; null chooses by device.
         init_from: where a new run's weights come from: a checkpoint or a run's folder of this very shape, or a local
@@ -58,6 +61,7 @@ class LanguageModel(TrainingModule):
         schedule: WarmupStableDecay,
         parameter_groups: list[ParameterGroup] | None = None,
         compile: bool = False,
+        activation_checkpointing: bool = False,
         mtp_loss_weight: LossWeight | None = None,
         loss_chunk: int | None = None,
         init_from: str | None = None,
@@ -77,7 +81,7 @@ class LanguageModel(TrainingModule):
         if init_from is not None:
             self._check_shape(init_from)
         self.mtp_loss_weight = mtp_loss_weight or LossWeight()
-        self.compile_blocks = compile
+        self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.model: Transformer | None = None
         self.validation_loss: TextLoss | None = None
         if transformer is not None:
@@ -92,6 +96,8 @@ class LanguageModel(TrainingModule):
             self._adapt(self.model)
             if self.compile_blocks:
                 compile_blocks(self.model)
+            if self.activation_checkpointing:
+                recompute_blocks(self.model)
 
     def setup(self, stage: str) -> None:
         """Make the validation metric, which needs the tokenizer's bytes per token."""

@@ -44,11 +44,15 @@ def is_sharded(path: str | Path) -> bool:
     return (Path(path) / META).is_file()
 
 
+class _NotATensor(Exception):
+    """What an index has no need of."""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _SAFE.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        raise _NotATensor(f"{module}.{name}")
 
 
 class _Reader(dcp.FileSystemReader):
@@ -58,7 +62,7 @@ class _Reader(dcp.FileSystemReader):
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _Unpickler(file).load()
         if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
-            raise pickle.UnpicklingError("an entry that is no tensor")
+            raise _NotATensor("a pickled object")
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -131,7 +135,7 @@ def _opened(path: str | Path) -> _Reader:
     reader = _Reader(folder)
     try:
         reader.read_metadata()
-    except pickle.UnpicklingError as error:
+    except _NotATensor as error:
         raise UserError(f"ckpt_path: {folder} holds more than tensors ({error}); not loaded") from None
     except Exception:
         raise UserError(f"ckpt_path: {folder} is damaged; use another checkpoint of the same run") from None

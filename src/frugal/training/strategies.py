@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from frugal.errors import require
+from frugal.model.config import TransformerConfig
 from frugal.model.parallelize import DATA, EXPERT, ParallelSizes, device_mesh, parallelize, sharded_modules
 from frugal.model.transformer import Transformer
 from frugal.training.checkpointing import read_checkpoint
@@ -93,8 +94,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             UserError: naming the key.
         """
         require(
-            getattr(module, "config", None) is not None,
-            "trainer.strategy: FSDP2Strategy shards our own model, not one of transformers; use ddp",
+            isinstance(getattr(module, "config", None), TransformerConfig),
+            f"trainer.strategy: FSDP2Strategy shards our language model only, not {type(module).__name__}; use ddp",
         )
         self.sizes(processes).check(module.config)
         require(not self.cpu_offload or accelerator == "cuda", "trainer.strategy.cpu_offload: needs a CUDA device")
