@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import history, prepare_project, same
+from conftest import ROOT, history, prepare_project, same
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from ranks import run
 
 from frugal.callbacks.freezing import Freezing
+from frugal.cli.train import build
 from frugal.errors import UserError
+from frugal.model.parallelize import ParallelSizes
 from frugal.training.checkpointing import checkpoint_file, read_checkpoint
 from frugal.training.freezing import ExpertChoice, Prefix
 from frugal.training.sharded import META
@@ -198,3 +201,20 @@ def test_single_experts_cannot_be_frozen_where_their_stack_is_sharded() -> None:
     with pytest.raises(UserError, match=r"^freezing: single experts cannot be frozen"):
         Freezing(experts=ExpertChoice()).setup(trainer, None, "fit")
     Freezing(prefix=Prefix(layers=1)).setup(trainer, None, "fit")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/strategy").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_fragment_gives_its_strategy(path: Path, project: Path) -> None:
+    options = [] if path.stem == "single_device" else ["--trainer.devices", "2"]
+    args = ["fit", "--config", str(path), "--config", "tiny.yaml", "--trainer.accelerator", "cpu", *options]
+    args += ["--model.transformer.attention.n_kv_heads", "2"]
+    if path.stem == "fsdp2_cpu_offload":
+        with pytest.raises(UserError, match=r"^trainer.strategy.cpu_offload: needs a CUDA device"):
+            build(args)
+        return
+    strategy = build(args).trainer.strategy
+    kinds = {"single_device": SingleDeviceStrategy, "ddp": DDPStrategy}
+    assert type(strategy) is kinds.get(path.stem, FSDP2Strategy)
+    if isinstance(strategy, FSDP2Strategy):
+        wanted = {"fsdp2_tensor": ParallelSizes(1, 2), "fsdp2_expert": ParallelSizes(1, 1, 2)}
+        assert strategy.sizes(2) == wanted.get(path.stem, ParallelSizes(2))

@@ -147,8 +147,8 @@ class FrugalCLI(LightningCLI):
         strategy = trainer_config.get("strategy")
         if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
             raise UserError(
-                "trainer.strategy: FSDP1 flattens weights to vectors, which the optimizer's groups would not decay; use "
-                "configs/strategy/fsdp2.yaml"
+                "trainer.strategy: FSDP1 flattens weights to vectors, which the optimizer's groups would not decay; "
+                "use configs/strategy/fsdp2.yaml"
             )
         try:
             trainer = super().instantiate_trainer(**kwargs)

@@ -10,8 +10,10 @@ is read by an unpickler that knows its few classes only.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from frugal.errors import UserError
 
+log = logging.getLogger(__name__)
 META, SHARDS = "meta.pt", "shards"
 _SAFE = {
     "torch": {"Size", "device"},
@@ -148,12 +152,18 @@ def load_sharded(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: a shard is missing or damaged.
     """
+    _fill(path, tensors, alone=not dist.is_initialized())
+
+
+def _fill(path: str | Path, tensors: Mapping[str, Tensor], alone: bool) -> None:
     reader = _opened(path)
     try:
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
-    except Exception as error:
-        told = str(error).strip().splitlines()
-        raise UserError(f"ckpt_path: {path}: a shard is missing or damaged ({told[-1] if told else error})") from None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process.*")
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=alone)
+    except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
+        log.debug("%s", error)
+        raise UserError(f"ckpt_path: {path}: a shard is missing or damaged; use another checkpoint") from None
 
 
 def consolidated(path: str | Path) -> dict[str, Any]:
@@ -164,12 +174,7 @@ def consolidated(path: str | Path) -> dict[str, Any]:
     """
     content = read_meta(path)
     tensors = {name: torch.empty_like(meta, device="cpu") for name, meta in stored_tensors(path).items()}
-    reader = _opened(path)
-    try:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except Exception as error:
-        told = str(error).strip().splitlines()
-        raise UserError(f"ckpt_path: {path}: a shard is missing or damaged ({told[-1] if told else error})") from None
+    _fill(path, tensors, alone=True)
     del content[SHARDS]
     content["state_dict"] = {
         k.removeprefix("state_dict."): v for k, v in tensors.items() if k.startswith("state_dict.")
