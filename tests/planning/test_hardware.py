@@ -20,12 +20,19 @@ def test_the_device_name_chooses_the_row() -> None:
     for device, wanted, name in (
         ("NVIDIA H100 80GB HBM3", "auto", "h100-80gb"),
         ("NVIDIA A100-SXM4-80GB", "auto", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "auto", "a100-40gb"),
+        ("NVIDIA H100 PCIe", "auto", "h100-pcie"),
+        ("NVIDIA H800", "auto", "h800"),
+        ("NVIDIA L4", "auto", "l4"),
+        ("NVIDIA L40S", "auto", "l40s"),
+        ("Tesla T4", "auto", "t4"),
+        ("NVIDIA GeForce RTX 4090", "auto", "rtx-4090"),
         ("cpu", "auto", "cpu"),
         ("NVIDIA H100", "a100-80gb", "a100-80gb"),
     ):
         row = choose_hardware(rows, device, wanted)
         assert row and row.name == name
-    for device in ("NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-40GB", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe"):
+    for device in ("NVIDIA GeForce RTX 5090", "NVIDIA L40", "NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA H100 NVL"):
         assert choose_hardware(rows, device) is None  # better no estimate than a wrong one
     with pytest.raises(UserError, match="no row 'tpu'; there are cpu"):
         choose_hardware(rows, "", "tpu")

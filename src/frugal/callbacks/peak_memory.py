@@ -43,7 +43,7 @@ class PeakMemory:
     @staticmethod
     def what(device: torch.device) -> str:
         """What `bytes` counts, in words."""
-        return "allocated by torch" if device.type == "cuda" else "growth of the process (resident)"
+        return "allocated by torch" if device.type == "cuda" else "growth of the process, libraries included"
 
 
 def _status(key: str) -> int:

@@ -16,6 +16,7 @@ from frugal.cli.curate import curate
 from frugal.cli.errors import one_line_errors
 from frugal.cli.launch import cancel, local, slurm, status
 from frugal.cli.model_verbs import count, export, import_, shapes
+from frugal.cli.plan import plan, with_experiment
 from frugal.cli.prepare import prepare
 from frugal.cli.savings import savings
 from frugal.cli.synthesize import synthesize
@@ -58,6 +59,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "count": count,
     "shapes": shapes,
+    "plan": plan,
     "export": export,
     "compare": compare,
     "savings": savings,
@@ -110,7 +112,7 @@ def spell_out(arguments: list[str]) -> list[str]:
         else:
             found.append(word)
     for name, values in gathered.items():
-        text = f"[{', '.join(values)}]" if kinds[name][0] == "list[int]" else json.dumps(values)
+        text = f"[{', '.join(values)}]" if kinds[name][0].startswith("list[int]") else json.dumps(values)
         found.insert(0, text) if name == first and first in gathered else found.append(f"--{name}={text}")
     return [*arguments[:depth], *found]
 
@@ -147,6 +149,8 @@ def main(args: list[str] | None = None) -> None:
         if not arguments:
             parser.print_help()
             return
+        if arguments[0] == "plan":
+            arguments = with_experiment(arguments)
         config = parser.instantiate_classes(parser.parse_args(arguments))
         chosen, verbs = config[config.verb], VERBS
         if config.verb in GROUPS:

@@ -16,6 +16,8 @@ from frugal.model.config import (
     state_memory,
 )
 
+SECTIONS = {"run", "data", "trainer", "freezing", "checkpoint", "cost", "samples", "expert_bias", "diagnostics"}
+
 
 def read_transformer(path: str) -> TransformerConfig:
     """The shape in a file of `configs/model/`, in a whole config (`configs/base.yaml`, a run's), or in an experiment.
@@ -34,7 +36,8 @@ def read_transformer(path: str) -> TransformerConfig:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"shape: {path} is no YAML ({' '.join(str(error).split())})") from None
-    if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
+    if is_run(values):
+        model = values.get("model") or {}
         kind = str(model.get("class_path") or "LanguageModel").rpartition(".")[2]
         shape = model.get("init_args", model).get("transformer") or {}
         require(
@@ -43,8 +46,8 @@ def read_transformer(path: str) -> TransformerConfig:
         )
         if "d_model" not in shape and (base := Path("configs/base.yaml")).is_file():
             whole = yaml.safe_load(base.read_text(encoding="utf-8"))
-            shape = _overlaid(whole["model"]["init_args"]["transformer"], shape)
-            values = _overlaid(whole, values)
+            shape = overlaid(whole["model"]["init_args"]["transformer"], shape)
+            values = overlaid(whole, values)
         values = _linked_to_data(values) | shape
     if not isinstance(values, dict):
         raise UserError(f"shape: {path} holds no transformer (see configs/model/ for its keys)")
@@ -53,9 +56,14 @@ def read_transformer(path: str) -> TransformerConfig:
     return parser.instantiate(parser.parse_object({"transformer": values})).transformer
 
 
-def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def is_run(values: Any) -> bool:
+    """Whether a file's content is a run's config or an overlay on one, rather than a bare shape."""
+    return isinstance(values, dict) and (isinstance(values.get("model"), dict) or bool(values.keys() & SECTIONS))
+
+
+def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Nested mappings, the upper one's values winning."""
-    both = {key: _overlaid(below[key], value) for key, value in above.items() if _are_mappings(below.get(key), value)}
+    both = {key: overlaid(below[key], value) for key, value in above.items() if _are_mappings(below.get(key), value)}
     return below | above | both
 
 

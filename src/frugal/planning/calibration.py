@@ -1,0 +1,121 @@
+"""What finished runs achieved on this machine, kept for plans in a small file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from frugal.errors import UserError
+from frugal.model.config import flops_per_token
+from frugal.planning.run_config import read_run
+
+FILE = Path(".cache/calibration.json")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One machine at one precision.
+
+    Args:
+        hardware: row of the hardware table.
+        precision: as in `trainer.precision`.
+        flops_per_second: of one device (or core), steps and waiting for data together.
+        validation_tokens: what one validation costs, in forward passes of so many tokens at that speed.
+        overhead_seconds: start, checkpoints and the rest of a whole run.
+        runs: where the figures come from.
+    """
+
+    hardware: str
+    precision: str
+    flops_per_second: float
+    validation_tokens: float
+    overhead_seconds: float
+    runs: tuple[str, ...]
+
+
+def read_summary(run: str) -> dict[str, Any]:
+    """The receipt in a run's folder.
+
+    Raises:
+        UserError: there is none, or it is from before seconds were told apart.
+    """
+    path = Path(run) / "summary.json"
+    if not path.is_file():
+        raise UserError(f"run: no summary.json in {run}; it is written when a run ends")
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if "seconds_by_part" not in summary:
+        raise UserError(f"run: {path} has no seconds_by_part; train it again to calibrate with it")
+    return summary
+
+
+def training_seconds(summary: dict[str, Any]) -> float:
+    """Seconds of steps and of waiting for data.
+
+    On a CPU that others use too, the processor seconds per thread, where they are fewer: what an idle machine takes.
+    """
+    parts = summary["seconds_by_part"]
+    seconds = float(parts["step"] + parts["data_wait"])
+    busy = summary.get("train_cpu_seconds")
+    if summary.get("device") == "cpu" and busy:
+        # Compiling is processor time, too, but no step.
+        seconds = min(seconds, max(busy / summary["threads"] - parts["compile"], 1e-9))
+    return seconds
+
+
+def calibrate(runs: list[str]) -> list[Calibration]:
+    """Measure by finished runs; several of one machine and precision are added up.
+
+    Raises:
+        UserError: a run without a receipt, or on hardware that the table does not know.
+    """
+    groups: dict[tuple[str, str], list[tuple[str, dict[str, Any]]]] = {}
+    for run in runs:
+        summary = read_summary(run)
+        if not summary.get("hardware"):
+            raise UserError(f"calibrate: {run} ran on {summary.get('device')}, which configs/hardware.yaml lacks")
+        groups.setdefault((summary["hardware"], summary["precision"]), []).append((run, summary))
+    found = []
+    for (hardware, precision), members in groups.items():
+        units = [summary["cores"] or summary["devices"] for _, summary in members]
+        seconds = [training_seconds(summary) for _, summary in members]
+        speed = sum(s["flops"] / n for (_, s), n in zip(members, units, strict=True)) / sum(seconds)
+        evaluations, overheads = [], []
+        for (run, summary), n, mine in zip(members, units, seconds, strict=True):
+            parts = summary["seconds_by_part"]
+            planned = read_run(str(Path(run) / "config.yaml"))
+            forward = flops_per_token(planned.model, planned.seq_len).forward
+            # A machine that others slow down slows validation as much as training.
+            slowed = mine / max(parts["step"] + parts["data_wait"], 1e-9)
+            each = parts["validation"] * slowed / max(summary["validations"], 1)
+            evaluations.append(each * speed * n / forward)
+            overheads.append(parts["start_up"] + parts["checkpoint"] + parts["compile"] + parts["other"])
+        found.append(
+            Calibration(
+                hardware,
+                precision,
+                speed,
+                sum(evaluations) / len(evaluations),
+                sum(overheads) / len(overheads),
+                tuple(run for run, _ in members),
+            )
+        )
+    return found
+
+
+def remember(found: list[Calibration], file: Path = FILE) -> None:
+    """Keep them for later plans; a machine's newer figures replace its older ones."""
+    known = {(c.hardware, c.precision): c for c in recall(file)} | {(c.hardware, c.precision): c for c in found}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps([asdict(c) for c in known.values()], indent=2) + "\n", encoding="utf-8")
+
+
+def recall(file: Path = FILE) -> list[Calibration]:
+    """What is remembered; nothing without the file."""
+    if not file.is_file():
+        return []
+    try:
+        return [Calibration(**{**row, "runs": tuple(row["runs"])}) for row in json.loads(file.read_text())]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"calibration: {file} cannot be read; delete it and calibrate again") from None

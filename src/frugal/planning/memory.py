@@ -1,0 +1,201 @@
+"""Peak memory of training, from the config alone: weights, gradients, optimizer state, activations.
+
+Activations are counted as what our own model keeps for its backward pass (`tests/planning/test_memory.py` holds the
+count against autograd's). Counted in elements and bytes per device; sequences are never split over devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from frugal.errors import UserError
+from frugal.model.config import TransformerConfig, count_parameters, state_memory
+
+Strategy = Literal["replicated", "sharded", "expert"]
+# Bytes of a weight and of its gradient, of a matrix product's operand, and of the residual stream.
+PRECISIONS = {"32-true": (4, 4, 4), "16-mixed": (4, 2, 4), "bf16-mixed": (4, 2, 4), "bf16-true": (2, 2, 2)}
+# Optimizer state per parameter: how many numbers as large as the weight, by class. What is not listed counts as AdamW.
+MOMENTS = {
+    "SGD": 1.0,  # momentum
+    "Adam": 2.0,
+    "AdamW": 2.0,
+    "AdamWScheduleFree": 2.0,  # second moment, and the point that is averaged
+    "AdamW8bit": 0.5 + 2 / 64,  # a byte each, and a float32 scale for each block of 256
+    "Adafactor": 0.0,  # a row and a column of each matrix
+    "SOAP": 4.0,  # both moments, and about as much again for square preconditioners
+}
+LOSS_CHUNK = {"cpu": 512, "cuda": 4096}  # frugal.training.losses
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one device has to hold while it trains.
+
+    Args:
+        micro_batch: sequences per micro-batch and device.
+        seq_len: tokens per sequence.
+        eval_batch: sequences per validation batch and device.
+        accumulate: micro-batches per step.
+        precision: as `trainer.precision` has it.
+        optimizer: name of its class.
+        device: cpu or cuda: which kernels keep what.
+        loss_chunk: positions whose logits exist at once; 0: all; None: the device's default.
+        checkpointing: keep only each layer's input and compute the rest again in the backward pass.
+        compiled: blocks compiled, where pointwise results are computed again instead of kept.
+        strategy: replicated keeps the whole state on every device (DDP); sharded keeps a part of it (FSDP),
+            and expert, too, but leaves every routed expert whole on its device (FSDP with expert parallelism).
+        devices: over how many.
+    """
+
+    micro_batch: int
+    seq_len: int
+    eval_batch: int = 0
+    accumulate: int = 1
+    precision: str = "32-true"
+    optimizer: str = "AdamW"
+    device: Literal["cpu", "cuda"] = "cuda"
+    loss_chunk: int | None = None
+    checkpointing: bool = False
+    compiled: bool = False
+    strategy: Strategy = "replicated"
+    devices: int = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. `peak` is the larger one of a training step's and a validation's."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    gathered: float
+    validation: float
+
+    @property
+    def state(self) -> float:
+        """What is there all the time once training has begun."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def training(self) -> float:
+        """At the end of a forward pass; the gradients of the step before are freed just after it."""
+        return self.state + self.activations + self.logits + self.gathered
+
+    @property
+    def peak(self) -> float:
+        """The most at any time."""
+        return max(self.training, self.state + self.gathered + self.validation)
+
+
+def bytes_of(precision: str) -> tuple[int, int, int]:
+    """Bytes of a weight, of an operand, of the residual stream."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: {precision} is not planned for; use one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def layer_elements(config: TransformerConfig, layer: int, load: Load) -> tuple[float, float]:
+    """What one layer keeps per token: operands of matrix products, and full-precision numbers (norms, router)."""
+    attention, d = config.attention, config.d_model
+    heads = attention.n_heads
+    cpu, fused = load.device == "cpu", load.compiled or load.device == "cuda"
+    norm = d + 1 if fused else 2 * d + 1  # input and scale; the plain kernel keeps the normalised input too
+    operands, exact = 2.0 * d, 2.0 * norm  # each norm's output feeds matrix products
+    if latent := attention.latent:
+        d_qk, d_v = latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim
+        low = [latent.kv_lora_rank, *([latent.q_lora_rank] if latent.q_lora_rank else [])]
+        operands += sum(low)  # the low-rank norms' outputs
+        exact += sum(r + 1 if fused else 2 * r + 1 for r in low)
+        scores = heads * (2 * d_qk + d_v)
+    else:
+        d_qk = d_v = config.head_dim
+        scores = heads * 3 * d_qk
+        if attention.qk_norm != "none":
+            exact += (heads + attention.kv_heads) * d_qk * (1 if fused else 2)
+    operands += scores + heads * d_v  # queries, keys (repeated for every head), values, output
+    if cpu and not load.compiled:
+        operands += heads * d_v  # the output again, in the layout of the next product
+    exact += heads  # log-sum-exp of each row
+    swiglu = 3 if load.compiled else 4  # gate, up, their product; plain kernels keep the activated gate too
+    if not config.is_moe(layer):
+        return operands + swiglu * config.d_ff, exact
+    moe = config.moe
+    assert moe is not None
+    operands += moe.top_k * 2 * moe.d_expert + swiglu * moe.shared_width
+    # Scores, chosen weights before and after their sum, and three 8-byte indices per chosen expert.
+    exact += moe.n_experts + moe.top_k * (1 + moe.normalize_weights) + moe.normalize_weights + 6 * moe.top_k
+    return operands, exact
+
+
+def training_memory(config: TransformerConfig, load: Load) -> Memory:
+    """Peak memory of one device.
+
+    Left out: what libraries allocate for themselves (on CUDA the context and workspaces, about 1 GiB), fragments of the
+    allocator, buffers of the data loader.
+    """
+    weight, operand, stream = bytes_of(load.precision)
+    counts, state = count_parameters(config), state_memory(config, weight, weight, 0)
+    parts = 1 if load.strategy == "replicated" else load.devices
+    trained = state.gradients / weight
+    if load.optimizer == "Muon":  # a momentum for matrices, AdamW for what is looked up or multiplied row by row
+        rows = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
+        rows += config.n_moe_layers * config.moe.n_experts * config.d_model if config.moe else 0
+        moments = trained + rows
+    else:
+        moments = MOMENTS.get(load.optimizer, 2.0) * trained
+    tokens = load.micro_batch * load.seq_len
+    per_layer = [
+        tokens * (operand * operands + 4 * exact + (stream - 4) * 2 * config.d_model)
+        for operands, exact in (layer_elements(config, layer, load) for layer in range(config.n_layers))
+    ]
+    if config.n_mtp:  # each module is a layer of the last kind, two norms and a projection
+        extra = tokens * (operand * 2 + 4 * 4) * config.d_model
+        per_layer += [per_layer[-1] + extra] * config.n_mtp
+    if load.checkpointing:
+        activations = tokens * stream * config.d_model * len(per_layer) + max(per_layer)
+    else:
+        activations = sum(per_layer)
+    activations += tokens * config.d_model * (2 * stream + 4)  # the final norm, and its gradient
+    if operand < weight and parts == 1:  # 16-bit copies of the matrices, kept for the backward pass
+        activations += operand * counts.total
+    blocks = _block_weights(config)
+    if load.strategy == "expert" and config.moe:  # rows travel to the experts, the experts stay
+        blocks[-1] -= 3 * config.moe.n_experts * config.d_model * config.moe.d_expert
+        activations += 2.0 * operand * tokens * config.moe.top_k * config.d_model
+    gathered = 2.0 * operand * max(blocks) if parts > 1 else 0.0  # a block and the next one, whole
+    return Memory(
+        weights=state.weights / parts,
+        gradients=state.gradients / parts,
+        optimizer=weight * moments / parts,
+        activations=activations,
+        logits=_logits(config, load, operand),
+        gathered=gathered,
+        # The logits, their float32 copy or log-probabilities, and one more while the loss is taken.
+        validation=load.eval_batch * load.seq_len * (config.vocab_size * (8 if operand == 4 else 8 + operand)),
+    )
+
+
+def _logits(config: TransformerConfig, load: Load, operand: int) -> float:
+    """Logits and their gradient, and the head's own gradient, which is summed up in float32 beside the parameter's."""
+    tokens = load.micro_batch * load.seq_len
+    chunk = LOSS_CHUNK[load.device] if load.loss_chunk is None else load.loss_chunk
+    if chunk == 0:
+        return tokens * config.vocab_size * (operand + 8.0)
+    # Three chunks at once: the last one's logits and gradient while the next logits are computed.
+    head = 2 * 4 * config.vocab_size * config.d_model
+    return min(chunk, tokens) * config.vocab_size * (4.0 + 2 * operand) + head
+
+
+def _block_weights(config: TransformerConfig) -> list[int]:
+    """Weights of each layer's block (a shared one at each of its layers)."""
+    bare = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, moe=None)).total
+    table = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2) + config.d_model
+    dense = bare - table
+    if config.moe is None:
+        return [dense]
+    mixed = replace(config.moe, first_k_dense=0)
+    one = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, moe=mixed)).total - table
+    return [dense, one] if config.moe.first_k_dense else [one]

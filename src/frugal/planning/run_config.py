@@ -1,0 +1,134 @@
+"""What a config says about a run, without building or importing anything of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from frugal.errors import UserError
+from frugal.model.config import TransformerConfig, flops_per_token
+from frugal.planning.model_card import is_run, overlaid, read_transformer
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run as far as its cost goes.
+
+    Args:
+        model: the shape.
+        steps: optimizer steps.
+        tokens_per_step: over all micro-batches and devices of the config.
+        micro_batch: sequences per micro-batch and device.
+        seq_len: tokens per sequence, where `lengths` says nothing else.
+        lengths: (step, tokens per sequence) from which on sequences are that long.
+        accumulate: micro-batches per step.
+        precision: as in `trainer.precision`.
+        optimizer: name of its class.
+        eval_batch: sequences per validation batch.
+        validations: how often the run validates.
+        compiled: whether blocks are compiled.
+        left_out: what the config has and the plan does not count, in words.
+    """
+
+    model: TransformerConfig
+    steps: int
+    tokens_per_step: int
+    micro_batch: int
+    seq_len: int
+    lengths: tuple[tuple[int, int], ...] = ()
+    accumulate: int = 1
+    precision: str = "32-true"
+    optimizer: str = "AdamW"
+    eval_batch: int = 0
+    validations: int = 0
+    compiled: bool = False
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """That the run trains on."""
+        return self.steps * self.tokens_per_step
+
+    @property
+    def flops(self) -> float:
+        """Of the whole run's forward and backward passes, stage of lengths by stage."""
+        stages = [(0, self.seq_len), *self.lengths]
+        ends = [*(start for start, _ in stages[1:]), self.steps]
+        return sum(
+            max(min(end, self.steps) - start, 0) * self.tokens_per_step * flops_per_token(self.model, length).training
+            for (start, length), end in zip(stages, ends, strict=True)
+        )
+
+
+def read_run(
+    path: str, tokens: float | None = None, seq_len: int | None = None, batch_tokens: int = 2**22
+) -> PlannedRun:
+    """Read an experiment, a whole config, a run's, or a bare shape of `configs/model/`.
+
+    Args:
+        path: the file.
+        tokens: train on so many; a bare shape has no length of its own.
+        seq_len: in place of the config's; of a bare shape, 4096 or its longest.
+        batch_tokens: tokens per step of a bare shape.
+
+    Raises:
+        UserError: no such file, no model of ours in it, or a bare shape without `tokens`.
+    """
+    model = read_transformer(path)
+    values: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not is_run(values):
+        if tokens is None:
+            raise UserError(f"tokens: {path} is a shape without a run; say how long to train, such as --tokens 1T")
+        length = min(seq_len or 4096, model.max_seq_len)
+        batch = max(batch_tokens // length, 1) * length
+        return PlannedRun(
+            replace(model, max_seq_len=length), max(round(tokens / batch), 1), batch, 1, length, precision="bf16-mixed"
+        )
+    base = Path("configs/base.yaml")
+    if "trainer" not in values or "max_steps" not in values["trainer"] or "batch_size" not in _args(values, "data"):
+        whole = yaml.safe_load(base.read_text(encoding="utf-8")) if base.is_file() else {}
+        values = overlaid(whole, values)
+    data, trainer, module = _args(values, "data"), values.get("trainer") or {}, _args(values, "model")
+    optimizer = str((module.get("optimizer") or {}).get("class_path", "AdamW")).rpartition(".")[2]
+    length = seq_len or int(data.get("seq_len", model.max_seq_len))
+    devices = trainer.get("devices", 1)
+    devices = devices if isinstance(devices, int) and devices > 0 else 1
+    micro, accumulate = int(data.get("batch_size", 8)), int(trainer.get("accumulate_grad_batches") or 1)
+    per_step = micro * accumulate * length * devices * int(trainer.get("num_nodes") or 1)
+    steps = round(tokens / per_step) if tokens else int(trainer.get("max_steps") or 0)
+    if steps < 1:
+        raise UserError(f"trainer.max_steps: {path} does not say how long the run is; give --tokens")
+    interval = trainer.get("val_check_interval")
+    validations = -(-steps * accumulate // interval) if isinstance(interval, int) and interval > 0 else 1
+    freezing = {key: value for key, value in (values.get("freezing") or {}).items() if value}
+    left_out = ["freezing (the plan is an upper bound)"] if freezing else []
+    left_out += ["the growing batch"] if data.get("batch_ramp") else []
+    left_out += ["low-rank adapters"] if module.get("lora") else []
+    return PlannedRun(
+        model=replace(model, max_seq_len=length),
+        steps=steps,
+        tokens_per_step=per_step,
+        micro_batch=micro,
+        seq_len=length,
+        lengths=tuple((int(stage["start"]), int(stage["seq_len"])) for stage in data.get("lengths") or ()),
+        accumulate=accumulate,
+        precision=_precision(trainer.get("precision")),
+        optimizer=optimizer,
+        eval_batch=int(data.get("eval_batch_size") or micro),
+        validations=validations,
+        compiled=bool(module.get("compile")),
+        left_out=tuple(left_out),
+    )
+
+
+def _args(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """A class's arguments, whether or not `init_args` is spelt out."""
+    section = values.get(key) or {}
+    return section | (section.get("init_args") or {})
+
+
+def _precision(value: Any) -> str:
+    return {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}.get(str(value), str(value))

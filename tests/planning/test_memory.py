@@ -1,0 +1,112 @@
+"""Predicted memory against what torch allocates on this CPU, byte by byte, in real training steps."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from frugal.errors import UserError
+from frugal.model.config import AttentionConfig, LatentConfig, SharingConfig, TransformerConfig
+from frugal.model.transformer import Transformer
+from frugal.planning.memory import Load, bytes_of, training_memory
+from frugal.planning.model_card import read_transformer
+from frugal.training.losses import next_token_nll, sum_and_nll
+
+ROOT = Path(__file__).parents[2]
+LATENT = LatentConfig(kv_lora_rank=24, q_lora_rank=40, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24)
+BASE = read_transformer(str(ROOT / "configs/base.yaml"))
+BATCH, SEQ = 2, 128
+
+
+def peak(work: Callable[[], None]) -> int:
+    """Most bytes that torch's CPU allocator had handed out at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def train(config: TransformerConfig, optimizer: type = torch.optim.AdamW, accumulate: int = 1) -> None:
+    """Two steps in Lightning's order: forward, forget the old gradients, backward, step."""
+    model = Transformer(config).train()
+    options = {"fused": True} if optimizer is torch.optim.AdamW else {"momentum": 0.9}
+    stepper = optimizer(model.parameters(), lr=1e-3, **options)
+    ids = torch.randint(0, config.vocab_size, (BATCH, SEQ))
+    for micro in range(2 * accumulate):
+        loss = sum_and_nll(model.hidden(ids), model.head.weight, ids)[0]
+        if micro % accumulate == 0:
+            stepper.zero_grad()
+        loss.backward()
+        del loss
+        if (micro + 1) % accumulate == 0:
+            stepper.step()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "load"),
+    [
+        ({}, {}, {}),
+        ({"moe": None}, {}, {}),
+        ({"d_model": 192}, {}, {}),
+        ({"attention": AttentionConfig(n_heads=4, latent=LATENT)}, {}, {}),
+        ({"attention": AttentionConfig(n_heads=4, qk_norm="head")}, {}, {}),
+        ({"sharing": SharingConfig(n_blocks=1, prelude=1)}, {}, {}),
+        ({}, {"accumulate": 2}, {"accumulate": 2}),
+        ({}, {"optimizer": torch.optim.SGD}, {"optimizer": "SGD"}),
+    ],
+    ids=str,
+)
+def test_training_peak_within_ten_percent(changes: dict, options: dict, load: dict) -> None:
+    config = replace(BASE, **changes)
+    predicted = training_memory(config, Load(BATCH, SEQ, device="cpu", **load)).training
+    assert predicted == pytest.approx(peak(lambda: train(config, **options)), rel=0.1)
+
+
+def test_validation_peak_within_ten_percent() -> None:
+    model = Transformer(BASE)
+
+    def evaluate() -> None:
+        ids = torch.randint(0, BASE.vocab_size, (8, SEQ))
+        with torch.no_grad():
+            next_token_nll(model(ids), ids)
+
+    predicted = training_memory(BASE, Load(BATCH, SEQ, eval_batch=8, device="cpu")).validation
+    assert predicted == pytest.approx(peak(evaluate), rel=0.1)
+
+
+def test_state_by_hand() -> None:
+    llama = read_transformer(str(ROOT / "configs/model/llama2_7b.yaml"))
+    n = 6_738_415_616
+    for optimizer, moments in (("AdamW", 2), ("SGD", 1), ("Adafactor", 0)):
+        memory = training_memory(llama, Load(1, 4096, precision="bf16-mixed", optimizer=optimizer))
+        assert (memory.weights, memory.gradients, memory.optimizer) == (4 * n, 4 * n, 4 * moments * n)
+    rows = 2 * 32_000 * 4096
+    muon = training_memory(llama, Load(1, 4096, optimizer="Muon"))
+    assert muon.optimizer == 4 * (n + rows)
+    assert training_memory(llama, Load(1, 4096, precision="bf16-true")).state == 8 * n
+    sharded = training_memory(llama, Load(1, 4096, strategy="sharded", devices=8))
+    assert sharded.state == pytest.approx(16 * n / 8)
+    block = 4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096
+    assert sharded.gathered == 2 * 4 * block
+
+
+def test_recomputing_keeps_one_layer_and_every_layer_s_input() -> None:
+    plain = training_memory(BASE, Load(8, 256))
+    saving = training_memory(BASE, Load(8, 256, checkpointing=True))
+    tokens = 8 * 256
+    assert saving.activations < 0.5 * plain.activations and saving.state == plain.state
+    deep = replace(BASE, n_layers=BASE.n_layers + 1)
+    more = training_memory(deep, Load(8, 256, checkpointing=True))
+    assert more.activations - saving.activations == tokens * 4 * BASE.d_model
+
+
+def test_unknown_formats_are_refused() -> None:
+    with pytest.raises(UserError, match="precision: 8-true is not planned for"):
+        bytes_of("8-true")

@@ -1,0 +1,133 @@
+"""Plans against published arithmetic and by hand."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from frugal.cli.verbs import main
+from frugal.errors import UserError
+from frugal.model.config import flops_per_token
+from frugal.planning.calibration import Calibration, calibrate, recall, remember
+from frugal.planning.hardware import load_hardware
+from frugal.planning.offers import Offer, make_offer, marks
+from frugal.planning.run_config import read_run
+
+ROOT = Path(__file__).parents[2]
+TABLE = str(ROOT / "configs/hardware.yaml")
+ROWS = {row.name: row for row in load_hardware(TABLE)}
+
+
+def test_deepseek_v3_as_published() -> None:
+    """DeepSeek-V3 (arXiv 2412.19437, table 1): 180K H800 hours per trillion tokens, 2,664K for 14.8T, $5.576M in all.
+
+    The MFU of 39.1% counts causal attention once (Zhao et al. 2025, arXiv 2505.09343, table 4).
+    """
+    path = str(ROOT / "configs/model/deepseek_v3.yaml")
+
+    def hours_and_dollars(tokens: float, extra: float = 0.0) -> tuple[float, float]:
+        offer = make_offer(read_run(path, tokens), ROWS["h800"], 2048, mfu=0.391, extra_hours=extra)
+        assert offer.seconds and offer.dollars
+        return offer.seconds * 2048 / 3600, offer.dollars
+
+    assert hours_and_dollars(1e12)[0] == pytest.approx(180e3, rel=1e-3)
+    hours, dollars = hours_and_dollars(14.8e12)
+    assert hours == pytest.approx(2664e3, rel=1e-3) and dollars == pytest.approx(5.328e6, rel=1e-3)
+    hours, dollars = hours_and_dollars(14.8e12, extra=119e3 + 5e3)
+    assert hours == pytest.approx(2788e3, rel=1e-3) and dollars == pytest.approx(5.576e6, rel=1e-3)
+
+
+def test_the_default_run_counts_as_the_meter_counted_it(project: Path) -> None:
+    run = read_run("configs/base.yaml")
+    assert (run.steps, run.tokens, run.validations, run.optimizer) == (5600, 5_734_400, 8, "AdamW")
+    assert run.flops == pytest.approx(22.37e12, rel=1e-3)  # as on the card in the README
+    short = read_run("configs/experiments/021_short_first.yaml")
+    stages = ((350, 64), (350, 128), (700, 256))  # as many tokens per step throughout
+    assert short.lengths == ((0, 64), (350, 128), (700, 256)) and short.tokens == 1400 * 1024
+    assert short.flops == sum(n * 1024 * flops_per_token(run.model, length).training for n, length in stages)
+
+
+def test_measured_speed_by_hand() -> None:
+    run = read_run(str(ROOT / "configs/base.yaml"))
+    known = Calibration("cpu", "32-true", 25e9, 1000.0, 12.0, ("a",))
+    offer = make_offer(run, ROWS["cpu"], 2, calibrations=[known])
+    forward = flops_per_token(run.model, run.seq_len).forward
+    assert offer.seconds == pytest.approx((run.flops + 8 * 1000 * forward) / 50e9 + 12)
+    assert offer.dollars == pytest.approx(offer.seconds * 2 * 0.05 / 3600) and offer.basis == "measured"
+    assert offer.joules == pytest.approx(offer.seconds * 2 * 10)
+    assert make_offer(replace(run, precision="bf16-mixed"), ROWS["t4"]).seconds is None  # it has no bfloat16
+    assert make_offer(run, ROWS["h100-80gb"]).basis == "kernel launches, assumed"  # far too small for it
+
+
+def test_a_model_too_large_for_one_device_is_sharded() -> None:
+    run = read_run(str(ROOT / "configs/model/llama2_7b.yaml"), 1e9)
+    one, many = (make_offer(run, ROWS["a100-80gb"], n) for n in (1, 8))
+    assert not one.fits and one.strategy == "replicated"
+    assert many.fits and many.strategy == "sharded"
+
+
+def test_marks() -> None:
+    def offer(seconds: float | None, dollars: float | None, fits: bool = True) -> Offer:
+        memory = make_offer(read_run(str(ROOT / "configs/base.yaml")), ROWS["cpu"]).memory
+        return Offer("x", 1, "replicated", False, memory, 1e12 if fits else 0.0, seconds, dollars, 1.0, "")
+
+    rows = [offer(10, 5), offer(100, 1), offer(50, 2), offer(60, 3), offer(1, 1, fits=False), offer(None, None)]
+    assert marks(rows) == ["fastest", "cheapest", "Pareto", "", "", ""]
+    assert marks(rows[:1]) == ["cheapest, fastest"] and marks(rows[4:]) == ["", ""]
+
+
+def test_plan_calibrate_and_audit(train: object, capsys: pytest.CaptureFixture) -> None:
+    folder = train("fit")  # type: ignore[operator]
+    main(["plan", "--calibrate", str(folder)])
+    assert "GFLOP/s by runs/base" in capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    (known,) = recall()
+    assert known == calibrate([str(folder)])[0] and known.hardware == "cpu"
+    main(["plan", "--audit", str(folder), "--json"])
+    rows = {row["quantity"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["FLOPs"]["predicted"] == pytest.approx(summary["flops"], rel=1e-9)
+    # A plan calibrated by the very run gives its own figures back.
+    assert rows["training time"]["predicted"] == pytest.approx(rows["training time"]["actual"], rel=1e-6)
+    assert rows["wall time"]["predicted"] <= rows["wall time"]["actual"] * 1.000001
+    main(["plan", str(folder / "config.yaml"), "--devices", "1", "8", "--hardware", "cpu", "t4", "--png", "plan.png"])
+    out = capsys.readouterr().out
+    assert "measured" in out and "cheapest" in out and Path("plan.png").read_bytes().startswith(b"\x89PNG")
+    main(["plan", "--audit", str(folder)])
+    assert "planned with calibration" in capsys.readouterr().out
+
+
+def test_bad_requests_are_one_line(project: Path, capsys: pytest.CaptureFixture) -> None:
+    for arguments, message in (
+        ([], "experiment: name an experiment"),
+        (["configs/model/deepseek_v3.yaml"], "tokens: configs/model/deepseek_v3.yaml is a shape without a run"),
+        (["configs/base.yaml", "--tokens", "many"], "tokens: 'many' is no number"),
+        (["configs/base.yaml", "--mfu", "3"], "mfu: must lie between 0 and 1"),
+        (["configs/base.yaml", "--precision", "8-true"], "precision: 8-true is not planned for"),
+        (["configs/base.yaml", "--hardware", "abacus"], "no row 'abacus'"),
+        (["--audit", "nowhere"], "run: no summary.json in nowhere"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["plan", *arguments])
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    remember([Calibration("cpu", "32-true", 1.0, 1.0, 1.0, ("a",))], file)
+    remember([Calibration("cpu", "32-true", 2.0, 1.0, 1.0, ("b",)), Calibration("t4", "x", 1.0, 1.0, 1.0, ())], file)
+    assert [(c.hardware, c.flops_per_second) for c in recall(file)] == [("cpu", 2.0), ("t4", 1.0)]
+    file.write_text("{")
+    with pytest.raises(UserError, match="delete it"):
+        recall(file)
+
+
+def test_plans_need_no_torch() -> None:
+    code = (
+        "import sys; from frugal.cli.verbs import main; main(['plan', 'configs/base.yaml']); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
