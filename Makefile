@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format clean
+.PHONY: help setup train study test check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -18,6 +18,9 @@ setup: .venv/.installed ## create .venv and install everything (once)
 
 train: setup ## train the embedded default: a small MoE on the King James Bible (CPU, minutes, offline)
 	@$(BIN)/python train.py fit
+
+study: setup ## a savings study in minutes: four techniques and their sum against a plain baseline
+	@$(BIN)/frugal savings configs/studies/quick.yaml --jobs 2
 
 test: setup ## run the whole test suite
 	@$(BIN)/python -m pytest -n auto --nbmake tests notebooks

@@ -74,6 +74,8 @@ class RunReport(pl.Callback):
                 logger.log_pictures(pictures)
                 if curation:
                     logger.log_rows("data/curation_filters", TABLE, table(curation))
+                prepared = getattr(trainer.datamodule, "prepared", None)
+                logger.log_artifacts(getattr(prepared, "meta", None))
                 url = logger.url
                 logger.finish(summary)
                 if url:

@@ -24,3 +24,22 @@ def compare(runs: list[str], out: str = "compare.png") -> None:
     except OSError as error:
         raise UserError(f"out: cannot write {out} ({error.strerror})") from None
     print(f"\nwritten to {out}")
+
+
+def workspace(project: str, name: str = "frugal") -> None:
+    """Make the W&B workspace of a project: loss against each cost, training, speed, routing, runs by study.
+
+    Args:
+        project: ENTITY/PROJECT; an API key is needed.
+        name: of the view.
+    """
+    from frugal.errors import UserError
+    from frugal.tracking.workspace import workspace as build
+
+    made = build(project, name)
+    try:
+        made.save()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"project: W&B does not take the workspace: {lines[0]}") from None
+    print(made.url)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from frugal.cli.checkpoints import inspect_, verify
-from frugal.cli.compare import compare
+from frugal.cli.compare import compare, workspace
 from frugal.cli.curate import curate
 from frugal.cli.errors import one_line_errors
 from frugal.cli.launch import cancel, local, slurm, status
@@ -62,6 +62,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "export": export,
     "compare": compare,
+    "workspace": workspace,
     "savings": savings,
     "synthesize": synthesize,
     "import": import_,

@@ -24,6 +24,7 @@ class RunConfig:
         group: W&B group, for instance a study.
         tags: W&B tags.
         id: the run's folder under `name` and its W&B id; null makes one up. `--ckpt_path last` goes on in this folder.
+        upload_checkpoint: send best.ckpt to W&B as an artifact; the data's fingerprint is always sent.
         wandb: auto (online with an API key and a network, offline otherwise), online, offline or disabled.
     """
 
@@ -33,6 +34,7 @@ class RunConfig:
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     id: str | None = None
+    upload_checkpoint: bool = False
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
 
     def __post_init__(self) -> None:

@@ -50,20 +50,19 @@ class Result:
 
 
 def costs_of(summary: dict[str, Any]) -> dict[str, float]:
-    """What a run spent, by axis, without its validation, which is the measurement.
+    """What a run spent on training and data, by axis; start-up, validation and checkpoints are the same in every arm.
 
     On a CPU the training seconds are processor seconds by thread: what a machine takes that does nothing else. A
     summary without them has those of the clock.
     """
     phases = summary["seconds_by_phase"]
-    seconds = wall = sum(value for phase, value in phases.items() if phase != "validation")
+    seconds = phases["train"] + phases.get("data", 0.0)
     if is_cpu(summary):
         seconds += summary["train_cpu_seconds"] / summary["threads"] - phases["train"]
     joules, dollars = (  # no row for the device: no estimate, which the report leaves out
         summary[axis] * seconds / summary["seconds"] if summary.get(axis) else float("nan")
         for axis in ("joules", "dollars")
     )
-    assert wall > 0
     return dict(zip(AXES, (summary["tokens_seen"], summary["flops"], seconds, joules, dollars), strict=True))
 
 
@@ -242,10 +241,12 @@ def conditions(results: dict[str, dict[int, list[Result]]], jobs: int) -> list[s
         wall = sum(s["seconds_by_phase"]["train"] for s in summaries)
         quiet = sum(s["train_cpu_seconds"] / s["threads"] for s in summaries)
         said.append(
-            "Seconds are processor seconds of training per thread, with data preparation, without validation: what a "
+            "Seconds are processor seconds of training per thread and those of preparing data: what a "
             f"quiet machine takes. The clock showed {wall / quiet:.2f} times as many training seconds (1 on a quiet "
             "machine). Joules and dollars are estimates from these seconds."
         )
     else:
-        said.append("Seconds are those of the clock, without validation: on a busy machine they mean little.")
+        said.append(
+            "Seconds are those of the clock, of training and of preparing data: on a busy machine they mean little."
+        )
     return said

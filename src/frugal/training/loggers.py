@@ -80,7 +80,7 @@ class SafeWandbLogger(WandbLogger):
 
         self._broken = False
         self._last: Any = None
-        self._folder = folder
+        self._folder, self._upload_checkpoint = folder, config.upload_checkpoint
         super().__init__(
             name=f"{config.name}/{folder.id}",
             save_dir=str(folder.path),
@@ -155,6 +155,29 @@ class SafeWandbLogger(WandbLogger):
         import wandb
 
         self._never_raise(lambda: self.experiment.log({key: wandb.Image(str(path)) for key, path in pictures.items()}))
+
+    @rank_zero_only
+    def log_artifacts(self, data: dict[str, Any] | None) -> None:
+        """Log what the run read and made: the data's fingerprint and, if wished, the best checkpoint.
+
+        Args:
+            data: the prepared corpus' `meta.json`; runs on the same corpus come to one version of it.
+        """
+        import wandb
+
+        def send() -> None:
+            if data:
+                dataset = wandb.Artifact(f"data-{data['fingerprint'][:16]}", "dataset", metadata=data)
+                with dataset.new_file("fingerprint.txt") as file:
+                    file.write(data["fingerprint"] + "\n")
+                self.experiment.log_artifact(dataset)  # `use_artifact` needs a server
+            best = self._folder.checkpoints / "best.ckpt"
+            if self._upload_checkpoint and best.is_file():
+                model = wandb.Artifact(f"checkpoint-{self._folder.id}", "model")
+                model.add_file(str(best))
+                self.experiment.log_artifact(model, aliases=["best"])
+
+        self._never_raise(send)
 
     @rank_zero_only
     def finish(self, summary: dict[str, Any]) -> None:
