@@ -43,18 +43,19 @@ CUDA_ONLY: list[tuple[str, int, list[str]]] = [
 ]
 
 
-def train(folder: Path, name: str, steps: str, options: list[str]) -> tuple[str, Path | None]:
-    """One run in processes of its own; its row, and its folder if it went well."""
+def train(folder: Path, name: str, steps: str, options: list[str], title: str = "") -> tuple[str, Path | None]:
+    """One run in processes of its own, a resumed one too; its row, and its folder if it went well."""
+    title = title or name
     command = [sys.executable, "train.py", "fit", "--run.name", name, "--run.root", str(folder / "runs")]
     command += ["--run.wandb", "disabled", "--trainer.max_steps", steps, "--trainer.val_check_interval", steps]
     result = subprocess.run([*command, *options], capture_output=True, text=True)
-    (folder / f"{name}.log").write_text(result.stdout + result.stderr)
+    (folder / f"{title}.log").write_text(result.stdout + result.stderr)
     if result.returncode:
         lines = (result.stderr.strip() or "no message").splitlines()
-        return f"| {name} | | | | {lines[-1][:160]} |", None
+        return f"| {title} | | | | {lines[-1][:160]} |", None
     newest = max((folder / "runs" / name).iterdir(), key=lambda path: path.stat().st_mtime)
     s = json.loads((newest / "summary.json").read_text())
-    return f"| {name} | {s['val_loss']:.6f} | {s['tokens_per_second']:,.0f} | {s['mfu']:.1%} | |", newest
+    return f"| {title} | {s['val_loss']:.6f} | {s['tokens_per_second']:,.0f} | {s['mfu']:.1%} | |", newest
 
 
 def main() -> None:
@@ -94,7 +95,7 @@ def main() -> None:
         half = max(known.devices // 2, 1)
         options = [*(EXPERT if half > 1 else FSDP2), *accelerator, "--trainer.devices", str(half), "--data.batch_size"]
         options += [str(known.batch // half), "--ckpt_path", str(saved / "checkpoints/last.ckpt"), *extra]
-        note(train(known.out, "resumed-on-half", str(int(known.steps) + 20), options)[0])
+        note(train(known.out, "fsdp2-expert", str(int(known.steps) + 20), options, "fsdp2-expert resumed on half")[0])
 
 
 if __name__ == "__main__":

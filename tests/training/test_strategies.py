@@ -15,12 +15,15 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from ranks import run
 
 from frugal.callbacks.freezing import Freezing
+from frugal.cli.checkpoint_card import checkpoint_card
+from frugal.cli.checkpoints import consolidate
 from frugal.cli.train import build
 from frugal.errors import UserError
 from frugal.model.parallelize import ParallelSizes
-from frugal.training.checkpointing import checkpoint_file, read_checkpoint
+from frugal.tracking.run_folder import RunFolder
+from frugal.training.checkpointing import checkpoint_file, good_checkpoint, read_checkpoint
+from frugal.training.checksums import META, damage, is_sealed
 from frugal.training.freezing import ExpertChoice, Prefix
-from frugal.training.sharded import META
 from frugal.training.strategies import FSDP2Strategy
 
 OVERLAY = """
@@ -133,6 +136,20 @@ def test_saved_on_four_processes_and_resumed_on_fewer(runs: Path, resumed: str) 
     assert_close(checkpoint(runs, "one"), content, 1e-5)
 
 
+def test_the_last_one_is_gone_on_from_unless_a_shard_is_damaged(runs: Path, tmp_path: Path) -> None:
+    folder = RunFolder(Path(shutil.copytree(runs / "runs/expert-4/it", tmp_path / "it")))
+    last = folder.checkpoints / "last.ckpt"
+    assert good_checkpoint(folder) == last
+    victim = max(last.glob("*/*.distcp"), key=lambda path: path.stat().st_size)
+    spoilt = bytearray(victim.read_bytes())
+    spoilt[len(spoilt) // 2] ^= 1
+    victim.write_bytes(spoilt)
+    assert damage(last) == f"the checksum of {victim.parent.name}/{victim.name} differs"
+    assert good_checkpoint(folder) == folder.checkpoints / "last.1.ckpt"
+    victim.unlink()
+    assert damage(last) == f"{victim.parent.name}/{victim.name} is not there"
+
+
 def test_one_file_holds_what_the_shards_hold(runs: Path) -> None:
     assert (runs / "runs/one-file/it/checkpoints/last.ckpt").is_file()
     file, shards = checkpoint(runs, "one-file"), checkpoint(runs, "fsdp2-4")
@@ -156,7 +173,14 @@ def test_a_pickle_among_shards_is_refused(runs: Path, tmp_path: Path, monkeypatc
     assert checkpoint_file(str(folder)) == folder
     (shards,) = (path for path in folder.iterdir() if path.is_dir())
     good = (shards / ".metadata").read_bytes()
+    out = tmp_path / "one.ckpt"
+    consolidate(str(folder), str(out))
+    assert same(read_checkpoint(out), read_checkpoint(folder))
+    assert damage(folder) is None and is_sealed(folder) and checkpoint_card(folder)["step"] == 12
     (shards / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    assert damage(folder) == "the checksum of step-12-0/.metadata differs"
+    # Whoever writes the index can write the checksums too.
+    monkeypatch.setattr("frugal.training.checkpointing.damage", lambda path: None)
     with pytest.raises(UserError, match="holds more than tensors"):
         read_checkpoint(folder)
     (shards / ".metadata").write_bytes(good[: len(good) // 2])

@@ -38,7 +38,7 @@ def checkpoint_card(path: Path) -> dict[str, Any]:
     return {
         "file": str(path),
         "checksum": "good" if is_sealed(path) else "none",
-        "size": short(path.stat().st_size, "B"),
+        "size": short(sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()), "B"),
         "step": content["global_step"],
         "weights": described(weights),
         "optimizer state": described(moments),

@@ -38,15 +38,37 @@ def verify(checkpoints: list[str]) -> None:
     sys.exit(1 if bad else 0)
 
 
+def consolidate(checkpoint: str, out: str) -> None:
+    """Write a sharded checkpoint as one file, which a single device goes on from.
+
+    Args:
+        checkpoint: a folder of shards, or a run's folder (its last.ckpt).
+        out: the file to write.
+    """
+    from pathlib import Path
+
+    from frugal.errors import require
+    from frugal.training.checkpointing import read_checkpoint
+    from frugal.training.checksums import META, write_sealed
+
+    (path,) = _files([checkpoint], "last.ckpt")
+    require((path / META).is_file(), f"checkpoint: {path} is one file already")
+    require(not Path(out).exists(), f"out: {out} exists already")
+    write_sealed(read_checkpoint(path), Path(out))
+    print(f"written to {out}")
+
+
 def _files(given: list[str], pattern: str) -> list:
     from pathlib import Path
 
     from frugal.errors import UserError
+    from frugal.training.checksums import META
 
     found: list[Path] = []
     for word in given:
         path = Path(word)
-        inside = sorted(path.glob(f"checkpoints/{pattern}")) if path.is_dir() else [path]
+        is_run = path.is_dir() and not (path / META).is_file()  # a sharded checkpoint is a folder, too
+        inside = sorted(path.glob(f"checkpoints/{pattern}")) if is_run else [path]
         if not inside or not inside[0].exists():
             raise UserError(f"checkpoint: no file {word}, and no checkpoints/{pattern} in a folder of that name")
         found += inside

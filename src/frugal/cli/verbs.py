@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from frugal.cli.checkpoints import inspect_, verify
+from frugal.cli.checkpoints import consolidate, inspect_, verify
 from frugal.cli.compare import compare, workspace
 from frugal.cli.curate import curate
 from frugal.cli.errors import one_line_errors
@@ -72,7 +72,7 @@ VERBS: dict[str, Callable[..., None]] = {
 # Verbs of two words.
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "launch": {"local": local, "slurm": slurm, "status": status, "cancel": cancel},
-    "ckpt": {"inspect": inspect_, "verify": verify},
+    "ckpt": {"inspect": inspect_, "verify": verify, "consolidate": consolidate},
 }
 
 

@@ -55,10 +55,12 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", key: str = "ckp
         UserError: the file is missing, truncated, no checkpoint, or holds more than tensors and plain types.
     """
     if is_sharded(path):
+        if (wrong := damage(Path(path))) is not None:
+            raise UserError(f"{key}: {path} is damaged ({wrong}); use another one of the same run")
         return consolidated(path)
     if not Path(path).is_file():
         raise UserError(f"{key}: no file {path}")
-    if wrong := is_sealed(Path(path)) and damage(Path(path)):
+    if is_sealed(Path(path)) and (wrong := damage(Path(path))):
         raise UserError(f"ckpt_path: {path} is damaged ({wrong}); use another one of the same run")
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)

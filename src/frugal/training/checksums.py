@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from frugal.errors import UserError
 
+META = "meta.pt"  # of a sharded checkpoint, which is a folder (frugal.training.sharded)
 MARK = b"frugal sha256 "
 SEAL = len(MARK) + 64  # bytes of the comment
 ARCHIVE_END = 22  # bytes of a zip archive's last record, without its comment
@@ -87,8 +88,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether the file ends with a checksum."""
-    return _seal(path) is not None
+    """Whether the file ends with a checksum; of a folder of shards, the file that has theirs."""
+    return _seal(path / META if path.is_dir() else path) is not None
 
 
 def _seal(path: Path) -> bytes | None:
@@ -108,7 +109,11 @@ def file_digest(path: Path) -> str:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None. A file without a checksum counts as good if it is complete."""
+    """What is wrong with a checkpoint, or None. A file without a checksum counts as good if it is complete."""
+    if (path / META).is_file():
+        from frugal.training.sharded import shard_damage
+
+        return damage(path / META) or shard_damage(path)
     if not path.is_file():
         return "it is not there"
     seal = _seal(path)

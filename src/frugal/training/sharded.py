@@ -3,9 +3,9 @@
     last.ckpt/meta.pt          everything but the tensors, and which folder of shards it belongs to
     last.ckpt/step-300-0/      torch.distributed.checkpoint's files
 
-`meta.pt` is replaced in one move after all shards are on the disk, so a crash leaves the checkpoint before. Nothing in
-such a folder can execute code: shards and `meta.pt` load as plain tensors and values, and torch's own index, a pickle,
-is read by an unpickler that knows its few classes only.
+`meta.pt` has the shards' checksums, and is replaced in one move after them, so a crash leaves the checkpoint before.
+Nothing in such a folder can execute code: shards and `meta.pt` load as plain tensors and values, and torch's own index,
+a pickle, is read by an unpickler that knows its few classes only.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from frugal.errors import UserError
+from frugal.training.checksums import META, file_digest, write_sealed
 
 log = logging.getLogger(__name__)
-META, SHARDS = "meta.pt", "shards"
+SHARDS, DIGESTS = "shards", "digests"
 _SAFE = {
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
@@ -93,10 +94,15 @@ def save_sharded(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
         dist.broadcast_object_list(names, src=0)
         (name,) = names
     dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(path / name), no_dist=not dist.is_initialized())
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    digests = {file.name: file_digest(file) for file in (path / name).glob(f"__{rank}_*")}
+    if dist.is_initialized():
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, digests)
+        digests = {file: digest for found in everyone for file, digest in found.items()}
     if first:
-        temporary = path / f"{META}.tmp"
-        torch.save({**meta, SHARDS: name}, temporary)
-        temporary.replace(path / META)
+        digests[".metadata"] = file_digest(path / name / ".metadata")
+        write_sealed({**meta, SHARDS: name, DIGESTS: digests}, path / META)
         for old in path.iterdir():
             if old.is_dir() and old.name != name:
                 shutil.rmtree(old)
@@ -112,12 +118,27 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     """
     try:
         meta = torch.load(Path(path) / META, map_location="cpu", weights_only=True)
-        assert isinstance(meta, dict) and isinstance(meta[SHARDS], str) and "/" not in meta[SHARDS]
+        assert isinstance(meta, dict) and isinstance(meta[DIGESTS], dict) and Path(meta[SHARDS]).name == meta[SHARDS]
     except pickle.UnpicklingError:
         raise UserError(f"ckpt_path: {path}/{META} holds more than tensors and plain values; not loaded") from None
     except Exception:  # a damaged archive fails in many ways
         raise UserError(f"ckpt_path: {path} is damaged or no sharded checkpoint; use another one") from None
     return meta
+
+
+def shard_damage(path: str | Path) -> str | None:
+    """Which shard is missing or differs from its checksum, or None."""
+    try:
+        meta = read_meta(path)
+    except UserError as error:
+        return str(error).removeprefix("ckpt_path: ")
+    for name, digest in sorted(meta[DIGESTS].items()):
+        file = Path(path) / meta[SHARDS] / Path(name).name
+        if not file.is_file():
+            return f"{meta[SHARDS]}/{name} is not there"
+        if file_digest(file) != digest:
+            return f"the checksum of {meta[SHARDS]}/{name} differs"
+    return None
 
 
 def stored_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -175,7 +196,7 @@ def consolidated(path: str | Path) -> dict[str, Any]:
     content = read_meta(path)
     tensors = {name: torch.empty_like(meta, device="cpu") for name, meta in stored_tensors(path).items()}
     _fill(path, tensors, alone=True)
-    del content[SHARDS]
+    del content[SHARDS], content[DIGESTS]
     content["state_dict"] = {
         k.removeprefix("state_dict."): v for k, v in tensors.items() if k.startswith("state_dict.")
     }
