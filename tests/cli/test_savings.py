@@ -80,7 +80,7 @@ def test_a_study_runs_reports_and_is_not_run_twice(
     [
         (["nowhere.yaml"], "study: no file nowhere.yaml"),
         (["configs/studies/quick.yaml", "--seeds", "9"], "seeds: the study has 3, got 9"),
-        (["configs/studies/quick.yaml", "--wandb", "maybe"], "wandb: auto, online"),
+        (["configs/studies/quick.yaml", "--wandb", "maybe"], "wandb: "),
         (["configs/studies/quick.yaml", "--jobs", "0"], "jobs: must be positive"),
     ],
 )

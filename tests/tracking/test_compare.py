@@ -50,9 +50,7 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int, str]]) -> 
 def test_the_same_run_from_its_folder_and_from_the_offline_file(
     train: Callable[..., Path], capsys: pytest.CaptureFixture
 ) -> None:
-    folder = train(
-        "fit", "--run.root", str(Path("runs").resolve()), "--run.wandb", "offline", "--trainer.max_steps", "8"
-    )
+    folder = train("fit", "--run.wandb", "offline", "--trainer.max_steps", "8")
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     (own,), (offline,) = read_runs([str(folder)]), read_runs([str(file)])
     assert own.name == offline.name == f"base/{folder.name}"

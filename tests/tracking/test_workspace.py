@@ -14,8 +14,11 @@ import yaml
 from frugal.cli.train import build
 from frugal.cli.verbs import main
 from frugal.errors import UserError
-from frugal.tracking.run_folder import read_lines
+from frugal.tracking.run_folder import RunConfig, read_lines
+from frugal.tracking.savings import Finding
+from frugal.tracking.statistics import Reach, ratio
 from frugal.tracking.workspace import SECTIONS, metric_names, workspace
+from frugal.training.loggers import log_study
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -31,10 +34,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def test_every_metric_of_the_workspace_exists_in_a_real_run_and_artifacts_are_logged(
     train: Callable[..., Path],
 ) -> None:
-    # W&B's service outlives a test and would take a relative folder for one of its own.
     options = (
-        "--run.root",
-        str(Path("runs").resolve()),
         "--run.wandb",
         "offline",
         "--run.group",
@@ -61,12 +61,24 @@ def test_every_metric_of_the_workspace_exists_in_a_real_run_and_artifacts_are_lo
 
 
 def test_a_checkpoint_is_sent_only_if_wished_and_nothing_when_disabled(train: Callable[..., Path]) -> None:
-    root = ("--run.root", str(Path("runs").resolve()))
-    folder = train("fit", *root, "--run.wandb", "offline", "--trainer.max_steps", "4")
+    folder = train("fit", "--run.wandb", "offline", "--trainer.max_steps", "4")
     names = [r["artifact"]["name"] for r in records(folder) if r["type"] == "artifact"]
     assert any(name.startswith("data-") for name in names) and not any(name.startswith("checkpoint") for name in names)
     folder = train("fit", "--run.name", "quiet", "--run.upload_checkpoint", "true", "--trainer.max_steps", "4")
     assert not (folder / "wandb").exists()
+
+
+def test_a_study_is_logged_as_a_table_in_its_group(tmp_path: Path) -> None:
+    found = ratio([Reach({"flops": 80.0})] * 2, [Reach({"flops": 100.0})] * 2, "flops", 0.02)
+    config = RunConfig("my-study", root=str(tmp_path), group="my-study", tags=["study", "report"], wandb="offline")
+    log_study(config, [Finding("arm", "base", {"flops": found}, None)], {})
+    folder = tmp_path / "my-study-report"
+    (run,) = [r["run"] for r in records(folder) if r["type"] == "run"]
+    assert (run["run_id"], run["run_group"], run["tags"]) == ("my-study-report", "my-study", ["study", "report"])
+    (table,) = folder.glob("wandb/offline-run-*/files/media/table/study/*.json")
+    content = json.loads(table.read_text())
+    (row,) = [dict(zip(content["columns"], values, strict=True)) for values in content["data"]]
+    assert (row["arm"], row["axis"], row["verdict"], row["ratio"]) == ("arm", "flops", "saves", pytest.approx(0.8))
 
 
 def test_the_workspace_is_what_wandb_takes() -> None:

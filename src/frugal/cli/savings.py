@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 def savings(
     study: str,
@@ -9,7 +11,7 @@ def savings(
     steps: int | None = None,
     seeds: int | None = None,
     jobs: int = 1,
-    wandb: str = "auto",
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto",
     report_only: bool = False,
 ) -> None:
     """Run a savings study: what each technique needs to reach the same loss, on five cost axes, with a verdict.
@@ -30,15 +32,13 @@ def savings(
     from pathlib import Path
 
     from frugal.errors import require
+    from frugal.tracking.run_folder import RunConfig
     from frugal.tracking.savings import compare
     from frugal.tracking.savings_report import markdown, write_report
     from frugal.tracking.study import read_study
     from frugal.tracking.study_runs import StudyRuns, conditions, start_process
 
     require(jobs > 0, f"jobs: must be positive, got {jobs}")
-    require(
-        wandb in ("auto", "online", "offline", "disabled"), f"wandb: auto, online, offline or disabled, got {wandb}"
-    )
     require(Path("train.py").is_file(), "no train.py here: run from the project's root folder")
     wanted = read_study(study)
     name = Path(study).stem
@@ -59,5 +59,11 @@ def savings(
     paths = write_report(folder, name, wanted, points, findings, text)
     plain = json.dumps([found.row() for found in findings], indent=2).replace("Infinity", "null")
     (folder / f"{name}.json").write_text(plain + "\n", encoding="utf-8")
+    if runs.made and wandb != "disabled":
+        from frugal.training.loggers import log_study  # imports torch, as the runs did
+
+        log_study(
+            RunConfig(name=name, root=str(folder), group=name, tags=["study", "report"], wandb=wandb), findings, paths
+        )
     print(text.split("## The runs")[0].strip())
     print(f"\nwritten to {', '.join(str(path) for path in paths.values())}")

@@ -202,6 +202,28 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
+TABLE = ["arm", "reference", "axis", "verdict", "ratio", "low", "high", "bound", "seeds"]
+
+
+def table_rows(findings: Sequence[Finding]) -> list[list[Any]]:
+    """The findings as rows of `TABLE`; an open end of an interval is null."""
+    return [
+        [
+            f.arm,
+            f.reference,
+            axis,
+            r.verdict,
+            r.estimate,
+            r.low,
+            None if math.isinf(r.high) else r.high,
+            r.bound,
+            r.seeds,
+        ]
+        for f in findings
+        for axis, r in f.ratios.items()
+    ]
+
+
 def write_report(
     folder: Path, name: str, study: Study, points: Points, findings: Sequence[Finding], text: str
 ) -> dict[str, Path]:

@@ -30,7 +30,7 @@ Start = Callable[[list[str], Path], int]  # command of train.py, log file -> exi
 
 def start_process(command: list[str], log_file: Path, threads: int = 1) -> int:
     """Run one command to its end; its output goes to the log file."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with log_file.open("a", encoding="utf-8") as out:
         return subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False).returncode
 

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experime
 from lightning.pytorch.utilities import rank_zero_only
 
 from frugal.tracking.run_folder import RunConfig, RunFolder
+from frugal.tracking.savings import Finding
+from frugal.tracking.savings_report import TABLE, table_rows
 from frugal.training.stopping import STOPPED
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,14 @@ def wandb_mode(config: RunConfig) -> str:
     return "online" if netrc.is_file() and "wandb" in netrc.read_text(errors="ignore") else "offline"
 
 
+def log_study(config: RunConfig, findings: Sequence[Finding], paths: Mapping[str, Path]) -> None:
+    """Log a study's findings as a run of its own: the table of ratios and the figure."""
+    logger = SafeWandbLogger(config, RunFolder(Path(config.root) / f"{config.name}-report"))
+    logger.log_rows("study/ratios", TABLE, table_rows(findings))
+    logger.log_pictures({"study/figure": paths["figure"]} if "figure" in paths else {})
+    logger.finish({})
+
+
 class SafeWandbLogger(WandbLogger):
     """A WandbLogger that goes offline when the server cannot be reached and never raises while training.
 
@@ -83,7 +93,7 @@ class SafeWandbLogger(WandbLogger):
         self._folder, self._upload_checkpoint = folder, config.upload_checkpoint
         super().__init__(
             name=f"{config.name}/{folder.id}",
-            save_dir=str(folder.path),
+            save_dir=str(folder.path.resolve()),  # a W&B service that runs already may stand in another folder
             id=folder.id,
             project=config.project,
             group=config.group,
