@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from frugal.callbacks.cost import CostMeter
@@ -22,6 +23,7 @@ from frugal.tracking.card import print_card
 from frugal.tracking.plots import draw_run
 from frugal.tracking.run_folder import RunFolder, write_json
 from frugal.training.loggers import SafeWandbLogger
+from frugal.training.optim import use_averages
 from frugal.training.stopping import Stopped
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class RunReport(pl.Callback):
 
     def __init__(self) -> None:
         self._trained = False
+        self._test: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Say where a resumed run stands."""
@@ -43,6 +46,16 @@ class RunReport(pl.Callback):
         """Stop after the last step: a stopping Trainer validates first, so the final weights are always scored."""
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Score the final weights once on images or text that neither trained nor validated, where there are some."""
+        if getattr(trainer.datamodule, "has_test_split", False) and not trainer.fast_dev_run:
+            use_averages(trainer.optimizers, True)
+            self._test = _test_scores(trainer, pl_module)
+            for logger in trainer.loggers:
+                logger.log_metrics(
+                    {f"test/{name}": value for name, value in self._test.items()}, trainer.global_step - 1
+                )
 
     @staticmethod
     def _standing(trainer: pl.Trainer) -> tuple[str, int, int]:
@@ -58,6 +71,7 @@ class RunReport(pl.Callback):
             log.info("nothing left to do: %s stands at step %d of %d", *self._standing(trainer))
         callbacks = {type(callback): callback for callback in trainer.callbacks}  # type: ignore[attr-defined]
         summary = callbacks[CostMeter].summary(trainer, pl_module)
+        summary |= {f"test_{name}": value for name, value in self._test.items() if "/" not in name}
         summary["router"] = callbacks[RoutingMonitor].last or None
         summary["sample"] = callbacks[TextSamples].last
         summary["data_seconds_by_stage"] = getattr(trainer.datamodule, "seconds_by_stage", None)
@@ -106,6 +120,18 @@ class RunReport(pl.Callback):
                 trainer.global_step,
                 f"--ckpt_path last goes on from step {saved}" if saved else "nothing was saved yet",
             )
+
+
+@torch.inference_mode()
+def _test_scores(trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
+    pl_module.eval()
+    with trainer.precision_plugin.forward_context():
+        for number, batch in enumerate(trainer.datamodule.test_dataloader()):
+            pl_module.test_step(trainer.strategy.batch_to_device(batch), number)
+    found = {name: float(value) for name, value in pl_module.scores.compute().items()}
+    pl_module.scores.reset()
+    pl_module.train()
+    return found
 
 
 def _copy_curation(trainer: pl.Trainer, folder: RunFolder) -> dict[str, Any] | None:

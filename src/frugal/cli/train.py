@@ -26,12 +26,15 @@ from frugal.callbacks.progress import Progress
 from frugal.callbacks.report import RunReport
 from frugal.callbacks.routing import RoutingMonitor
 from frugal.callbacks.samples import TextSamples
+from frugal.cli.base_config import base_for
 from frugal.cli.errors import one_line, one_line_errors
 from frugal.cli.memory import keep_freed_memory
 from frugal.data.datamodule import TextDataModule
+from frugal.data.image_datamodule import ImageDataModule
 from frugal.errors import UserError
 from frugal.tracking.run_folder import RunConfig, RunFolder, folder_of, new_run, newest_run
 from frugal.training.checkpointing import BestCheckpoint, LastCheckpoint, SafeCheckpointIO, good_checkpoint
+from frugal.training.image_classifier import ImageClassifier
 from frugal.training.language_model import LanguageModel
 from frugal.training.loggers import MetricsFile, SafeWandbLogger, wandb_mode
 from frugal.training.precision import precision_plugin
@@ -62,6 +65,8 @@ class FrugalCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("data.init_args.tokenizer.vocab_size", "model.init_args.transformer.vocab_size")
         parser.link_arguments("data.init_args.seq_len", "model.init_args.transformer.max_seq_len")
+        for key in ("image_size", "channels", "n_classes"):
+            parser.link_arguments(f"data.init_args.{key}", f"model.init_args.transformer.{key}")
 
     def _parse_ckpt_path(self) -> None:
         """Keep config and command line: a checkpoint must not override them in silence (Lightning issue 21455)."""
@@ -323,6 +328,7 @@ def _start(kind: type[FrugalCLI], args: list[str] | None) -> FrugalCLI:
         raise UserError(f"no {BASE_CONFIG} here: run from the project's root folder")
     OPTIONS.update(known_keys(yaml.safe_load(Path(BASE_CONFIG).read_text(encoding="utf-8"))))
     options = {"exit_on_error": False}
+    base = base_for(BASE_CONFIG, sys.argv[1:] if args is None else args)
     return kind(
         pl.LightningModule,
         pl.LightningDataModule,
@@ -331,9 +337,10 @@ def _start(kind: type[FrugalCLI], args: list[str] | None) -> FrugalCLI:
         save_config_callback=None,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={**options, **{s: {**options, "default_config_files": [BASE_CONFIG]} for s in SUBCOMMANDS}},
+        parser_kwargs={**options, **{s: {**options, "default_config_files": [base]} for s in SUBCOMMANDS}},
         args=args,
     )
 
 
-__all__ = ["FrugalCLI", "LanguageModel", "TextDataModule", "main"]  # the classes are known by name in YAML
+# The classes are known by name in YAML.
+__all__ = ["FrugalCLI", "ImageClassifier", "ImageDataModule", "LanguageModel", "TextDataModule", "main"]

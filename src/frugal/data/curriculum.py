@@ -78,6 +78,39 @@ class LengthStage:
     seq_len: int
 
 
+@dataclass(frozen=True)
+class ResolutionStage:
+    """From a step on, images of this size: fewer patches, cheaper steps (progressive resizing; Touvron et al. 2019).
+
+    Args:
+        start: optimizer step from which the size holds; the first stage starts at 0.
+        image_size: height and width in pixels, at most data.image_size; a multiple of the model's patch_size.
+    """
+
+    start: int
+    image_size: int
+
+
+def check_resolutions(stages: Sequence[ResolutionStage], image_size: int) -> None:
+    """Refuse stages out of order and sizes beyond the largest.
+
+    Raises:
+        UserError: naming the stage.
+    """
+    check_starts("data.resolutions", [stage.start for stage in stages])
+    for i, stage in enumerate(stages):
+        require(
+            0 < stage.image_size <= image_size,
+            f"data.resolutions[{i}].image_size: must lie between 1 and data.image_size ({image_size}), got "
+            f"{stage.image_size}",
+        )
+
+
+def resolution_at(stages: Sequence[ResolutionStage], image_size: int, step: int) -> int:
+    """Height and width of the images at a step."""
+    return next((stage.image_size for stage in reversed(stages) if stage.start <= step), image_size)
+
+
 def check_lengths(stages: Sequence[LengthStage], seq_len: int) -> None:
     """Refuse stages out of order and lengths that do not divide the longest.
 

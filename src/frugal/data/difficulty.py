@@ -10,7 +10,9 @@ import json
 import time
 import zlib
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,15 +22,19 @@ from frugal.data.packing import Prepared
 from frugal.errors import require
 
 Difficulty = Literal["rarity", "compressibility", "length", "level", "loss", "random"]
-VERSION = 1  # part of the cache's key: raise it when a score changes
+VERSION = 2  # part of the cache's key: raise it when a score changes
 
 
 class Scorer(ABC):
-    """Something that has an opinion on how hard sequences are, for instance a model trained before."""
+    """Something that has an opinion on how hard samples are, for instance a model trained before."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """Changes when the scores may."""
+
+
+class TextScorer(Scorer):
+    """An opinion on sequences of tokens."""
 
     @abstractmethod
     def score(self, windows_MT: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -113,22 +119,41 @@ def difficulty_scores(
     Raises:
         UserError: the source knows no levels, the reference cannot read the text, or the cache cannot be written.
     """
+    require(
+        reference is None or isinstance(reference, TextScorer),
+        f"data.curriculum.reference: {type(reference).__name__} scores images, not text",
+    )
     facts = [VERSION, kind, seq_len, seed if kind == "random" else 0, reference.fingerprint() if reference else ""]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    folder = prepared.folder / f"difficulty-{key}"
-    if not (folder / "meta.json").is_file():
-        start = time.perf_counter()
+
+    def compute() -> list[np.ndarray]:
         counts = np.bincount(prepared.train, minlength=prepared.tokenizer.get_vocab_size())
-        scores = [
+        return [
             reference.score(_windows(part.train, seq_len), prepared.tokenizer)
-            if reference
+            if isinstance(reference, TextScorer)
             else difficulties(kind, part.train, seq_len, part.starts, part.levels, counts, seed + i)
             for i, part in enumerate(prepared.parts)
         ]
+
+    return cached_scores(prepared.folder, facts, compute)
+
+
+def cached_scores(
+    folder: Path, facts: list[Any], compute: Callable[[], list[np.ndarray]]
+) -> tuple[list[np.ndarray], float]:
+    """Scores by the facts that they depend on, found once, and the seconds that it took.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    folder = folder / f"difficulty-{key}"
+    if not (folder / "meta.json").is_file():
+        start = time.perf_counter()
+        scores = compute()
         with new_folder(folder, "meta.json") as temporary:
             for i, score in enumerate(scores):
                 np.save(temporary / f"{i}.npy", score)
-            meta = {"kind": kind, "seq_len": seq_len, "seconds": round(time.perf_counter() - start, 3)}
+            meta = {"facts": facts, "parts": len(scores), "seconds": round(time.perf_counter() - start, 3)}
             (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    scores = [np.load(folder / f"{i}.npy") for i in range(len(prepared.parts))]
-    return scores, float(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["seconds"])
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return [np.load(folder / f"{i}.npy") for i in range(meta["parts"])], float(meta["seconds"])

@@ -8,10 +8,16 @@ from frugal.units import duration, gib, short
 
 # What a validation may have found beside its loss, and how it is shown.
 SCORES = {
-    "val_bits_per_byte": "{:.4f} bits per byte",
-    "val_accuracy": "{:.2%} right",
-    "val_calibration_error": "calibration error {:.4f}",
+    "bits_per_byte": "{:.4f} bits per byte",
+    "accuracy": "{:.2%} right",
+    "calibration_error": "calibration error {:.4f}",
 }
+
+
+def scores(split: str, summary: dict[str, Any]) -> list[str]:
+    """What was found on `val` or `test`, in words; the loss last."""
+    found = [form.format(x) for name, form in SCORES.items() if (x := summary.get(f"{split}_{name}")) is not None]
+    return [*found, f"{summary[f'{split}_loss']:.4f} nats per {summary.get('loss_unit', 'token')}"]
 
 
 def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str, str]]:
@@ -50,12 +56,11 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         rows.append(
             (
                 "best validation",
-                " · ".join(
-                    [form.format(summary[key]) for key, form in SCORES.items() if summary.get(key) is not None]
-                    + [f"{summary['val_loss']:.4f} nats per {summary.get('loss_unit', 'token')}"]
-                ),
+                " · ".join(scores("val", summary)),
             )
         )
+    if summary.get("test_loss") is not None:
+        rows.append(("test, at the end", " · ".join(scores("test", summary))))
     if summary.get("router"):
         router = summary["router"]
         rows.append(

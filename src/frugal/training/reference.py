@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from frugal.data.difficulty import Scorer
+from frugal.data.difficulty import TextScorer
 from frugal.errors import UserError, require
 from frugal.training.checkpointing import checkpoint_file
 from frugal.training.inference import load_for_inference
@@ -21,7 +21,7 @@ from frugal.training.losses import next_token_nll
 log = logging.getLogger(__name__)
 
 
-class ReferenceLoss(Scorer):
+class ReferenceLoss(TextScorer):
     """Mean loss of a reference model, in nats per token, on each sequence by itself.
 
     Its tokenizer must be the run's: point data.tokenizer.path at it, or train it on the same text.

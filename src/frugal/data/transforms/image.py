@@ -18,8 +18,7 @@ from frugal.schedule import Ramp
 class ImageTransforms:
     """Rotation, flip, crop, colour, then mixup or cutmix, each switched on by its own argument.
 
-    Call it from a LightningModule's `on_after_batch_transfer`, where the batch lies on the device already and only
-    while training: `images, targets = transforms(images, labels, n_classes, seed, step, rank)`, and use
+    `data.image_datamodule` calls it while training, where the batch lies on the device already; the loss is then
     `soft_cross_entropy`. Needs `pip install frugal[vision]`. There is no hue: on a CPU it costs more than all the rest.
 
     Args:
@@ -82,28 +81,35 @@ class ImageTransforms:
 
     @torch.no_grad()
     def __call__(
-        self, images_BCHW: Tensor, labels_B: Tensor, n_classes: int, seed: int, step: int, rank: int = 0
+        self,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        n_classes: int,
+        seed: int,
+        number: int,
+        rank: int = 0,
+        step: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Transformed images [B, C, H, W] and soft labels [B, K], each row of which adds up to 1.
 
-        The same images, labels, seed, step and rank always give the same result; the global random state is neither
-        read nor changed.
+        The same arguments always give the same result; the global random state is neither read nor changed.
 
         Args:
             images_BCHW: float, in [0, 1].
             labels_B: int64 class numbers.
             n_classes: K.
             seed: the run's.
-            step: micro-batch number in the run: another number, other draws; it also decides the probability.
-            rank: the process, so that ranks draw differently.
+            number: of the batch in the run, or of its first sample: another number, other draws.
+            rank: the process, where ranks count alike.
+            step: decides the probability; null means number.
         """
         require(
             images_BCHW.dim() == 4 and images_BCHW.is_floating_point(),
             f"transforms: images must be float [B, C, H, W], got {images_BCHW.dtype} {list(images_BCHW.shape)}",
         )
         soft_BK = torch.nn.functional.one_hot(labels_B, n_classes).to(images_BCHW.dtype)
-        rng = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, rank, 0]))
-        share = self.probability.at(step)
+        rng = np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, rank, 0]))
+        share = self.probability.at(number if step is None else step)
         # kornia draws its parameters on the CPU from torch's global generator, which is put back afterwards.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**63)))
