@@ -16,7 +16,7 @@ ALLOWED = {
     "model": {"errors"},
     "data": {"errors", "schedule"},
     "tracking": {"errors", "units"},
-    "planning": {"errors", "units", "model.config"},
+    "planning": {"errors", "units", "model.config", "model.vision_config"},
     "launch": {"errors", "units", "tracking", "planning"},
     "training": {"errors", "schedule", "model", "data", "tracking"},
     "callbacks": {"errors", "schedule", "data", "model", "training", "planning", "tracking"},

@@ -10,7 +10,9 @@ from frugal.errors import UserError
 from frugal.model.config import TransformerConfig, count_parameters, flops_per_token, kv_cache_bytes_per_token
 from frugal.model.hf_config import to_hf_config
 from frugal.model.transformer import Transformer
-from frugal.planning.model_card import read_transformer
+from frugal.model.vision import VisionTransformer
+from frugal.model.vision_config import VisionConfig
+from frugal.planning.model_card import read_shape, read_transformer
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "configs" / "model"
@@ -30,9 +32,9 @@ def shape(name: str) -> TransformerConfig:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_count_as_built_and_as_published(path: Path) -> None:
-    config = shape(path.stem)
+    config = read_shape(str(path))
     with torch.device("meta"):
-        model = Transformer(config)
+        model = VisionTransformer(config) if isinstance(config, VisionConfig) else Transformer(config)  # type: ignore
     counts = count_parameters(config)
     biases = [b.numel() for name, b in model.named_buffers() if name.endswith("expert_bias")]
     assert counts.total == sum(p.numel() for p in model.parameters()) + sum(biases)
@@ -93,3 +95,14 @@ def test_the_embedded_preset_is_the_default_run() -> None:
 def test_an_experiment_with_another_model_is_not_counted_as_ours() -> None:
     with pytest.raises(UserError, match=r"shape: .*003_hf_model\.yaml trains a HuggingFaceModel"):
         read_transformer(str(ROOT / "configs/experiments/003_hf_model.yaml"))
+
+
+def test_an_image_classifier_is_counted_per_patch_and_is_no_language_model() -> None:
+    path = str(FOLDER / "vit_moe_s_16.yaml")
+    card = model_card(read_shape(path))
+    assert card["flops_per_token"]["seq_len"] == 14 * 14 and not card["flops_per_token"]["causal"]
+    assert card["kv_cache_bytes_per_token"]["bfloat16"] == 0
+    table = as_table(card)
+    assert "all of attention" in table and "KV cache" not in table
+    with pytest.raises(UserError, match=r"shape: .*vit_moe_s_16\.yaml is an image classifier; this is for language"):
+        read_transformer(path)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import dataclasses
 import importlib
 import inspect
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
+
+from frugal.errors import UserError
 
 
 def base_for(path: str, args: list[str]) -> str:
@@ -17,8 +21,18 @@ def base_for(path: str, args: list[str]) -> str:
 
     jsonargparse merges an argument of the same name although it is of another type in the new class, where the keys of
     the old one are refused or, worse, fit. So the copy keeps only what the new class has under the same name and type.
+
+    Raises:
+        UserError: a model on data that it cannot read.
     """
     base = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    model, data = (_load(_class_of(part, args) or base[part]["class_path"]) for part in ("model", "data"))
+    reads, gives = getattr(model, "reads", ""), getattr(data, "gives", "")
+    if reads and gives and reads != gives:
+        raise UserError(
+            f"data.class_path: {model.__name__} trains on {reads}, and {data.__name__} gives {gives}; set data and "
+            "model to classes of one kind"
+        )
     changed = False
     for part in ("model", "data"):
         wanted, there = _class_of(part, args), base[part]["class_path"]
@@ -35,29 +49,62 @@ def base_for(path: str, args: list[str]) -> str:
     return file.name
 
 
-def _class_of(part: str, args: list[str]) -> str | None:
-    """The class path that overlays and options give to `part`, the last one wins; None where they leave the default."""
-    found = None
+def class_keys(path: str, args: list[str]) -> list[str]:
+    """Every key of the run's model and data classes, nested dataclasses included, as users write them."""
+    base = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    kinds = {part: _load(_class_of(part, args) or base[part]["class_path"]) for part in ("model", "data")}
+    return [key for part, kind in kinds.items() if kind is not None for key in _keys(kind, part)]
+
+
+def _keys(kind: Any, prefix: str) -> list[str]:
+    found = []
+    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else None
+    try:
+        hints = get_type_hints(kind if fields is not None else kind.__init__)
+    except (NameError, TypeError):  # a class that hides its types
+        return []
+    for name, hint in hints.items():
+        if name in fields if fields is not None else name != "return":
+            inner = [option for option in (hint, *get_args(hint)) if dataclasses.is_dataclass(option)]
+            nested = [key for option in inner for key in _keys(option, f"{prefix}.{name}")]
+            found += nested or [f"{prefix}.{name}"]
+    return found
+
+
+def _overlays(args: list[str]) -> list[dict[str, Any]]:
+    """What the `--config` files among the arguments hold; those that cannot be read are the parser's to refuse."""
+    found = []
     for key, value in zip(args, [*args[1:], ""], strict=True):
         name, equals, own = key.partition("=")
-        text = own if equals else value
-        if name in ("-c", "--config") and Path(text).is_file():
-            try:
-                overlay = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError):
-                continue  # the parser says it in a line
-            values = overlay.get(part) if isinstance(overlay, dict) else None
-            found = (values.get("class_path") if isinstance(values, dict) else None) or found
-        elif name in (f"--{part}", f"--{part}.class_path"):
-            found = text
+        file = Path(own if equals else value)
+        if name in ("-c", "--config") and file.is_file():
+            with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
+                content = yaml.safe_load(file.read_text(encoding="utf-8"))
+                found += [content] if isinstance(content, dict) else []
     return found
+
+
+def _class_of(part: str, args: list[str]) -> str | None:
+    """The class path that options or else overlays give to `part`; None where they leave the default."""
+    for key, value in zip(args, [*args[1:], ""], strict=True):
+        name, equals, own = key.partition("=")
+        if name in (f"--{part}", f"--{part}.class_path"):
+            return own if equals else value
+    named = [values.get("class_path") for overlay in _overlays(args) if isinstance(values := overlay.get(part), dict)]
+    return next((name for name in reversed(named) if name), None)
+
+
+def _load(class_path: str) -> Any:
+    """The class, or None."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module or "frugal.cli.train"), name, None)
+    except (ImportError, ValueError):
+        return None
 
 
 def _arguments(class_path: str) -> dict[str, Any]:
     """The declared type of each argument; nothing where there is no such class."""
-    module, _, name = class_path.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module or "frugal.cli.train"), name)
-        return {key: argument.annotation for key, argument in inspect.signature(kind).parameters.items()}
-    except (ImportError, AttributeError, ValueError, TypeError):
+    if (kind := _load(class_path)) is None:
         return {}
+    return {key: argument.annotation for key, argument in inspect.signature(kind).parameters.items()}

@@ -14,11 +14,11 @@ def count(shape: str, seq_len: int = 4096, json: bool = False) -> None:
     from json import dumps
 
     from frugal.errors import UserError
-    from frugal.planning.model_card import as_table, model_card, read_transformer
+    from frugal.planning.model_card import as_table, model_card, read_shape
 
     if seq_len < 1:
         raise UserError(f"seq_len: must be positive, got {seq_len}")
-    card = model_card(read_transformer(shape), seq_len)
+    card = model_card(read_shape(shape), seq_len)
     print(dumps(card, indent=2) if json else as_table(card))
 
 

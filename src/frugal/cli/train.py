@@ -26,7 +26,7 @@ from frugal.callbacks.progress import Progress
 from frugal.callbacks.report import RunReport
 from frugal.callbacks.routing import RoutingMonitor
 from frugal.callbacks.samples import TextSamples
-from frugal.cli.base_config import base_for
+from frugal.cli.base_config import base_for, class_keys
 from frugal.cli.errors import one_line, one_line_errors
 from frugal.cli.memory import keep_freed_memory
 from frugal.data.datamodule import TextDataModule
@@ -326,9 +326,10 @@ def _quiet() -> None:
 def _start(kind: type[FrugalCLI], args: list[str] | None) -> FrugalCLI:
     if not Path(BASE_CONFIG).is_file():
         raise UserError(f"no {BASE_CONFIG} here: run from the project's root folder")
-    OPTIONS.update(known_keys(yaml.safe_load(Path(BASE_CONFIG).read_text(encoding="utf-8"))))
+    given = sys.argv[1:] if args is None else args
+    base = base_for(BASE_CONFIG, given)
+    OPTIONS.update(known_keys(yaml.safe_load(Path(base).read_text(encoding="utf-8"))), class_keys(base, given))
     options = {"exit_on_error": False}
-    base = base_for(BASE_CONFIG, sys.argv[1:] if args is None else args)
     return kind(
         pl.LightningModule,
         pl.LightningDataModule,

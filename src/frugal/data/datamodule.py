@@ -66,6 +66,8 @@ class TextDataModule(SteppedData):
         batch_ramp: stages of batch sizes in the place of batch_size; null: that size throughout.
     """
 
+    gives = "text"
+
     def __init__(
         self,
         source: Source,

@@ -50,6 +50,8 @@ class ImageDataModule(SteppedData):
         batch_ramp: stages of batch sizes in the place of batch_size; null: that size throughout.
     """
 
+    gives = "images"
+
     def __init__(
         self,
         source: ImageSource,
@@ -117,6 +119,7 @@ class ImageDataModule(SteppedData):
         """Open the prepared images."""
         if self.prepared is None:
             self.prepared = self._prepare()
+        self._rows(self.prepared)  # n_train is checked before training begins
         if stage == "fit" and self.adaptive_curriculum and self.adaptive is None:
             bands = Bands(self.adaptive_curriculum.by, self._difficulty()[0], self.adaptive_curriculum.bands, self.seed)  # type: ignore[arg-type]
             self.adaptive = AdaptiveOrder(self.adaptive_curriculum, bands.names, bands.shares, bands)

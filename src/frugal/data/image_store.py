@@ -143,11 +143,12 @@ def _prepare(
                     )
                 readable.note(known, channels * image_size**2, Drop(pixels), curation.examples)
                 continue
-            readable.note(known, pixels.size, known.text, 0)
             file.write(pixels.tobytes())
             labels.append(picture.label)
             names.append(picture.name)
             splits.append(TEST if picture.split == "test" else _train_or_val(pixels, val_fraction))
+            if splits[-1] == TRAIN:
+                readable.note(known, pixels.size, known.text, 0)
     require(bool(labels), f"data.source: {source.name} holds no readable image")
     split_N, label_N = np.array(splits, dtype=np.int8), np.array(labels, dtype=np.int64)
     shape = (len(labels), channels, image_size, image_size)

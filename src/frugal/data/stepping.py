@@ -31,6 +31,8 @@ class SteppedData(pl.LightningDataModule):
         batch_ramp: stages of batch sizes in the place of batch_size; null: that size throughout.
     """
 
+    gives = ""  # what the samples are
+
     def __init__(
         self,
         batch_size: int,

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from frugal.errors import UserError, require
 from frugal.model.config import (
+    BlocksConfig,
     TransformerConfig,
     count_parameters,
     flops_per_token,
     kv_cache_bytes_per_token,
     state_memory,
 )
+from frugal.model.vision_config import VisionConfig
 
 SECTIONS = {"run", "data", "trainer", "freezing", "checkpoint", "cost", "samples", "expert_bias", "diagnostics"}
 
 
 def read_transformer(path: str) -> TransformerConfig:
+    """The shape of a language model, as `read_shape` finds it.
+
+    Raises:
+        UserError: as there, or it is an image classifier's.
+        argparse.ArgumentError: as there.
+    """
+    shape = read_shape(path)
+    require(isinstance(shape, TransformerConfig), f"shape: {path} is an image classifier; this is for language models")
+    return cast(TransformerConfig, shape)
+
+
+def read_shape(path: str) -> BlocksConfig:
     """The shape in a file of `configs/model/`, in a whole config (`configs/base.yaml`, a run's), or in an experiment.
 
-    An experiment is an overlay on `configs/base.yaml`, which is looked for in the current folder.
+    An experiment with a language model is an overlay on `configs/base.yaml`, which is looked for in the current folder.
 
     Raises:
         UserError: no such file, no YAML mapping in it, or an experiment with a model of another class.
@@ -41,10 +55,10 @@ def read_transformer(path: str) -> TransformerConfig:
         kind = str(model.get("class_path") or "LanguageModel").rpartition(".")[2]
         shape = model.get("init_args", model).get("transformer") or {}
         require(
-            bool(shape) or kind == "LanguageModel",
+            bool(shape) or kind in ("LanguageModel", "ImageClassifier"),
             f"shape: {path} trains a {kind}; only our own transformer is counted by config",
         )
-        if "d_model" not in shape and (base := Path("configs/base.yaml")).is_file():
+        if "d_model" not in shape and kind != "ImageClassifier" and (base := Path("configs/base.yaml")).is_file():
             whole = yaml.safe_load(base.read_text(encoding="utf-8"))
             shape = overlaid(whole["model"]["init_args"]["transformer"], shape)
             values = overlaid(whole, values)
@@ -52,7 +66,7 @@ def read_transformer(path: str) -> TransformerConfig:
     if not isinstance(values, dict):
         raise UserError(f"shape: {path} holds no transformer (see configs/model/ for its keys)")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TransformerConfig, "transformer")
+    parser.add_class_arguments(VisionConfig if "patch_size" in values else TransformerConfig, "transformer")
     return parser.instantiate(parser.parse_object({"transformer": values})).transformer
 
 
@@ -72,15 +86,21 @@ def _are_mappings(*values: Any) -> bool:
 
 
 def _linked_to_data(values: dict[str, Any]) -> dict[str, Any]:
-    """The two keys of the model that `train.py` takes from the data's section, where it has them."""
+    """The keys of the model that `train.py` takes from the data's section, where it has them."""
     data = values.get("data") or {}
     data = data | (data.get("init_args") or {})
     linked = {"vocab_size": (data.get("tokenizer") or {}).get("vocab_size"), "max_seq_len": data.get("seq_len")}
+    linked |= {key: data.get(key) for key in ("image_size", "channels", "n_classes")}
     return {key: value for key, value in linked.items() if value is not None}
 
 
-def model_card(config: TransformerConfig, seq_len: int = 4096) -> dict[str, Any]:
-    """Every count of a shape: parameters, FLOPs per token at `seq_len`, bytes of cache and of training state."""
+def model_card(config: BlocksConfig, seq_len: int = 4096) -> dict[str, Any]:
+    """Every count of a shape: parameters, FLOPs per token at `seq_len`, bytes of cache and of training state.
+
+    An image classifier's tokens are patches, a sequence is a whole image, and it has no cache.
+    """
+    generates = isinstance(config, TransformerConfig)
+    seq_len = seq_len if generates else config.max_seq_len
     counts, flops, memory = count_parameters(config), flops_per_token(config, seq_len), state_memory(config)
     return {
         "parameters": {
@@ -91,10 +111,15 @@ def model_card(config: TransformerConfig, seq_len: int = 4096) -> dict[str, Any]
             "applied": counts.applied,
             "multi_token_prediction": counts.mtp,
         },
-        "flops_per_token": {"seq_len": seq_len, "forward": flops.forward, "training": flops.training},
+        "flops_per_token": {
+            "seq_len": seq_len,
+            "forward": flops.forward,
+            "training": flops.training,
+            "causal": config.attention.causal,
+        },
         "kv_cache_bytes_per_token": {
-            "bfloat16": kv_cache_bytes_per_token(config, 2),
-            "float32": kv_cache_bytes_per_token(config, 4),
+            "bfloat16": kv_cache_bytes_per_token(config, 2) if generates else 0,
+            "float32": kv_cache_bytes_per_token(config, 4) if generates else 0,
         },
         "state_bytes": {
             "weights": memory.weights,
@@ -111,6 +136,7 @@ def as_table(card: dict[str, Any]) -> str:
     has_mtp = parameters["multi_token_prediction"] > 0
     shares = parameters["applied"] != parameters["active"]
     multiple = "3x and MTP" if has_mtp else "3x"
+    half = "causal half" if flops["causal"] else "all"
     cache, state = card["kv_cache_bytes_per_token"], card["state_bytes"]
     rows = [
         ("parameters, total", f"{parameters['total']:,}"),
@@ -120,8 +146,8 @@ def as_table(card: dict[str, Any]) -> str:
         *([("multi-token prediction, apart", f"{parameters['multi_token_prediction']:,}")] if has_mtp else []),
         *([("  shared layers counted each time", f"{parameters['applied']:,}")] if shares else []),
         (f"FLOPs per token, forward, {flops['seq_len']:,} tokens", _si(flops["forward"])),
-        (f"FLOPs per token, training ({multiple}, causal half of attention)", _si(flops["training"])),
-        ("KV cache per token, bfloat16", f"{cache['bfloat16']:,} bytes"),
+        (f"FLOPs per token, training ({multiple}, {half} of attention)", _si(flops["training"])),
+        *([("KV cache per token, bfloat16", f"{cache['bfloat16']:,} bytes")] if cache["bfloat16"] else []),
         ("training state, float32: weights", _gib(state["weights"])),
         ("  gradients", _gib(state["gradients"])),
         ("  AdamW's moments", _gib(state["adamw"])),

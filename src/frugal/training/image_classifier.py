@@ -40,6 +40,7 @@ class ImageClassifier(TrainingModule):
         lora: train low-rank adapters on frozen weights; null trains the weights.
     """
 
+    reads = "images"
     unit = "image"
     go_on = "python train.py test --config {run}/config.yaml --ckpt_path {run}/checkpoints/last.ckpt"
     sums = ("accuracy",)
@@ -68,18 +69,15 @@ class ImageClassifier(TrainingModule):
         self.scores: Classification | None = None
 
     def setup(self, stage: str) -> None:
-        """Check that the data are images of this kind, and make the metrics."""
+        """Check the sizes of the images, and make the metrics."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        names = getattr(data, "class_names", None)
-        if names is None:
-            raise UserError(f"data.class_path: ImageClassifier trains on images; {type(data).__name__} has none")
         for stage_ in data.resolutions:
             require(
                 stage_.image_size % self.config.patch_size == 0,
                 f"data.resolutions: {stage_.image_size} is no multiple of model.transformer.patch_size "
                 f"({self.config.patch_size})",
             )
-        self.scores = Classification(names)
+        self.scores = Classification(data.class_names)
 
     def configure_model(self) -> None:
         """Build the model (Lightning calls this on the right device and precision)."""

@@ -52,6 +52,7 @@ class LanguageModel(TrainingModule):
         fp8: take linear maps in float8, on a device that can; null keeps trainer.precision throughout.
     """
 
+    reads = "text"
     go_on = "frugal generate {run} --prompt '...'"
 
     def __init__(

@@ -55,6 +55,7 @@ class TrainingModule(pl.LightningModule):
         fp8: take linear maps in float8, on a device that can; null keeps trainer.precision throughout.
     """
 
+    reads = ""  # what the data must give
     unit = "token"  # what the loss is a mean over
     go_on = ""  # a command that uses what was trained; {run} is the run's folder
     sums: tuple[str, ...] = ()  # names of further sums over a step, logged as train/<name>

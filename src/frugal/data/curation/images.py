@@ -6,7 +6,7 @@ Shape letters: N images, C channels, H = W pixels of a side, K classes.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -264,14 +264,11 @@ def image_report(
     labels_N: np.ndarray, kept: list[int], classes: list[str], accounts: list[Account], seconds: float
 ) -> dict[str, Any]:
     """The same account as that of text, as plain values: counts are of images, coverage is by class."""
-    before, after = np.bincount(labels_N, minlength=len(classes)), np.bincount(labels_N[kept], minlength=len(classes))
+    after = np.bincount(labels_N[kept], minlength=len(classes)).tolist()
+    lost = sum((account.dropped_by_source for account in accounts), Counter[str]())
 
-    def share(there: int, left: int) -> dict[str, float]:
-        return {
-            "documents": there,
-            "dropped": there - left,
-            "share": round((there - left) / there, 4) if there else 0.0,
-        }
+    def share(left: int, gone: int) -> dict[str, float]:
+        return {"documents": left + gone, "dropped": gone, "share": round(gone / max(left + gone, 1), 4)}
 
     filters = []
     for account in accounts:
@@ -283,7 +280,7 @@ def image_report(
     core_seconds, size = sum(account.seconds for account in accounts), sum(account.bytes_in for account in accounts[:1])
     return {
         "unit": "images",
-        "documents_in": len(labels_N),
+        "documents_in": len(kept) + lost.total(),
         "documents_out": len(kept),
         "bytes_in": size,
         "bytes_out": accounts[-1].bytes_out if accounts else size,
@@ -292,7 +289,7 @@ def image_report(
         "mb_per_second_and_core": round(size / 1e6 / core_seconds, 2) if core_seconds else None,
         "filters": filters,
         "coverage": {
-            "all": {"all": share(len(labels_N), len(kept))},
-            "class": {name: share(int(before[i]), int(after[i])) for i, name in enumerate(classes)},
+            "all": {"all": share(len(kept), lost.total())},
+            "class": {name: share(after[i], lost[name]) for i, name in enumerate(classes)},
         },
     }

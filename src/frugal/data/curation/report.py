@@ -74,14 +74,15 @@ def table(report: dict[str, Any]) -> list[list[Any]]:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
+    unit = report.get("unit", "documents")
     lines = [
         "# Curation",
         "",
-        f"{report['documents_in']:,} documents, {report['bytes_in'] / 1e6:.2f} MB in; {report['documents_out']:,} "
-        f"documents, {report['bytes_out'] / 1e6:.2f} MB out; {report['seconds']} s "
+        f"{report['documents_in']:,} {unit}, {report['bytes_in'] / 1e6:.2f} MB in; {report['documents_out']:,} "
+        f"{unit}, {report['bytes_out'] / 1e6:.2f} MB out; {report['seconds']} s "
         f"({report['mb_per_second_and_core']} MB/s per core).",
         "",
-        "| filter | documents | dropped | changed | MB in | MB out | MB/s | reasons |",
+        f"| filter | {unit} | dropped | changed | MB in | MB out | MB/s | reasons |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["filters"]:
@@ -90,7 +91,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             f"| {row['filter']} | {row['documents']:,} | {row['dropped']:,} | {row['changed']:,} | "
             f"{row['bytes_in'] / 1e6:.2f} | {row['bytes_out'] / 1e6:.2f} | {row['mb_per_second'] or ''} | {reasons} |"
         )
-    lines += ["", "## What was left out, by group", "", "| group | documents | dropped | share |", "|---|---|---|---|"]
+    lines += ["", "## What was left out, by group", "", f"| group | {unit} | dropped | share |", "|---|---|---|---|"]
     for kind, groups in report["coverage"].items():
         for name, row in groups.items():
             lines.append(f"| {kind}: {name} | {row['documents']:,} | {row['dropped']:,} | {row['share']:.1%} |")
@@ -113,7 +114,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     left.barh(places, [row["dropped"] for row in report["filters"]], color="#c44e52", label="dropped")
     left.barh(places, [row["changed"] for row in report["filters"]], color="#4c72b0", height=0.3, label="changed")
     left.set_yticks(places, names)
-    left.set_xlabel("documents")
+    left.set_xlabel(report.get("unit", "documents"))
     left.set_xscale("symlog")
     left.invert_yaxis()
     left.legend()
@@ -123,7 +124,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     groups = groups[:30]  # a picture of hundreds of sources says nothing
     right.barh(range(len(groups)), [share for _, share in groups], color="#55a868")
     right.set_yticks(range(len(groups)), [name[:40] for name, _ in groups])
-    right.set_xlabel("share of documents left out")
+    right.set_xlabel(f"share of {report.get('unit', 'documents')} left out")
     right.set_xlim(0, 1)
     right.invert_yaxis()
     figure.savefig(path, dpi=110)
