@@ -12,7 +12,7 @@ from frugal.model.hf_config import to_hf_config
 from frugal.model.transformer import Transformer
 from frugal.model.vision import VisionTransformer
 from frugal.model.vision_config import VisionConfig
-from frugal.planning.model_card import read_shape, read_transformer
+from frugal.planning.model_card import as_table, model_card, read_shape, read_transformer
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "configs" / "model"
