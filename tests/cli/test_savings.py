@@ -41,6 +41,17 @@ def test_studies_open_with_a_header(path: Path) -> None:
     assert f"configs/studies/{path.name}" in "\n".join(header) or "make study" in "\n".join(header)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "claims").glob("[a-z]*.md")), ids=lambda path: path.stem)
+def test_a_claim_card_has_its_four_parts_and_names_studies_that_exist(path: Path) -> None:
+    text = path.read_text()
+    parts = [line for line in text.splitlines() if line.startswith("## ")]
+    assert parts == ["## Published", "## Scale and conditions", "## Here", "## Counter-evidence"]
+    named = text.splitlines()[2].removeprefix("Study: ").split(", ")
+    folder = (ROOT / named[0]).parent
+    assert (ROOT / named[0]).is_file() and all((folder / name).is_file() for name in named[1:])
+    assert f"({path.name})" in (path.parent / "README.md").read_text()
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs of a study are made in this process, which is faster than a new one each; returns the overlays' names."""
