@@ -1,0 +1,89 @@
+"""What really reaches a W&B server: runs with their group and artifacts, sweeps, the workspace. Against a stand-in."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from wandb_server import Received, wandb_server
+
+from frugal.tracking.run_folder import read_lines
+from frugal.tracking.workspace import metric_names
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def server(project: Path) -> Iterator[Received]:
+    with wandb_server() as received:
+        yield received
+
+
+def start(received: Received, *command: str) -> str:
+    """Run a command that believes the stand-in to be W&B; its output."""
+    environment = {**os.environ, "WANDB_BASE_URL": received.url, "WANDB_API_KEY": "x" * 40}
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def sent(received: Received, operation: str) -> list[dict[str, Any]]:
+    return [variables.get("input", variables) for variables in received.variables(operation)]
+
+
+@pytest.mark.slow
+def test_an_online_run_sends_metrics_group_tags_and_artifacts(server: Received, project: Path) -> None:
+    shutil.copy(ROOT / "train.py", project)
+    options = ["--run.group", "a-study", "--run.tags", "[study, arm]", "--run.upload_checkpoint", "true"]
+    command = [sys.executable, "train.py", "fit", "--config", "tiny.yaml", "--run.wandb", "online", *options]
+    said = start(server, *command)
+    assert "W&B logging stopped" not in said
+    (folder,) = Path("runs/base").iterdir()
+    (first, *_) = sent(server, "UpsertBucket")
+    assert (first["groupName"], first["tags"]) == ("a-study", ["study", "arm"])
+    rows = server.history()
+    keys = set().union(*(row.keys() for row in rows))
+    assert set(metric_names()) <= keys
+    key = "val/bits_per_byte"
+    logged = [row[key] for row in read_lines(folder / "metrics.jsonl") if key in row]
+    assert [row[key] for row in rows if key in row] == pytest.approx(logged)
+    made = {a["artifactCollectionName"]: a for a in sent(server, "CreateArtifact")}
+    meta = json.loads(next(Path(".cache").glob("*/meta.json")).read_text())
+    dataset = made[f"data-{meta['fingerprint'][:16]}"]
+    assert dataset["artifactTypeName"] == "dataset" and meta["fingerprint"] in dataset["metadata"]
+    assert made[f"checkpoint-{folder.name}"]["artifactTypeName"] == "model"
+    best = (folder / "checkpoints/best.ckpt").read_bytes()
+    assert hashlib.sha256(server.files["best.ckpt"]).digest() == hashlib.sha256(best).digest()
+    assert server.files["fingerprint.txt"].decode().strip() == meta["fingerprint"]
+
+
+@pytest.mark.slow
+def test_every_sweep_is_taken_as_it_stands(server: Received, project: Path) -> None:
+    files = sorted(Path("configs/sweeps").glob("*.yaml"))
+    for file in files:
+        arguments = ("--project", "frugal", "--entity", "someone", str(file))
+        assert "wandb agent someone/frugal/sweep-1" in start(
+            server, str(Path(sys.executable).parent / "wandb"), "sweep", *arguments
+        )
+    configs = [yaml.safe_load(variables["config"]) for variables in sent(server, "UpsertSweep")]
+    assert configs == [yaml.safe_load(file.read_text()) for file in files]
+
+
+@pytest.mark.slow
+def test_the_workspace_is_saved(server: Received) -> None:
+    frugal = [sys.executable, "-c", "from frugal.cli.verbs import main; main()"]
+    assert f"{server.url}/someone/frugal?nw=costs" in start(
+        server, *frugal, "workspace", "someone/frugal", "--name", "mine"
+    )
+    (view,) = sent(server, "UpsertView2")
+    assert (view["entityName"], view["projectName"], view["displayName"]) == ("someone", "frugal", "mine")
+    for name in metric_names():
+        assert f'"{name}"' in view["spec"]
