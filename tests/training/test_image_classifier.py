@@ -6,16 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from frugal.cli.train import main
+from frugal.errors import UserError
 from frugal.model.config import AttentionConfig, MoEConfig
 from frugal.model.vision_config import VisionConfig
 from frugal.schedule import WarmupStableDecay
 from frugal.training.image_classifier import ImageClassifier
+from frugal.training.inference import load_classifier, load_for_inference
 from frugal.training.metrics import Classification
+from frugal.training.reference import ImageReferenceLoss
 
 CONFIG = VisionConfig(
     16,
@@ -134,6 +138,17 @@ def test_a_run_leaves_what_a_run_on_text_leaves(digits: Callable[..., Path]) -> 
     frozen = [row["cost/flops"] for row in rows if "cost/flops" in row]
     steps = [b - a for a, b in itertools.pairwise(frozen)]
     assert steps[-1] < 0.8 * steps[0]  # what is frozen from below is not computed
+    model, names = load_classifier(str(folder))
+    assert names == list("0123456789") and model.config.patch_size == 2
+    images = np.random.default_rng(0).integers(0, 255, (5, 1, 8, 8), np.uint8)
+    loss = ImageReferenceLoss(str(folder), batch_size=2).score(images, np.arange(5), 10)
+    logits = model(torch.from_numpy(images).float() / 255)
+    expected = torch.nn.functional.cross_entropy(logits, torch.arange(5), reduction="none")
+    assert loss == pytest.approx(expected.tolist(), rel=1e-5)
+    with pytest.raises(UserError, match=r"reads 10 classes of images of 1 x 8 x 8, the run has 10 of 1 x 9 x 9"):
+        ImageReferenceLoss(str(folder)).score(np.zeros((1, 1, 9, 9), np.uint8), np.zeros(1, np.int64), 10)
+    with pytest.raises(UserError, match="holds no language model with its tokenizer"):
+        load_for_inference(str(folder))
     digits("test", "--ckpt_path", "last")
     tested = json.loads((folder / "test.json").read_text())
     assert tested["test/accuracy"] == pytest.approx(summary["test_accuracy"])

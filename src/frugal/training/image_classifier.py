@@ -82,6 +82,8 @@ class ImageClassifier(TrainingModule):
     def configure_model(self) -> None:
         """Build the model (Lightning calls this on the right device and precision)."""
         if self.model is None:
+            if self._trainer is not None:
+                self._require_whole_weights("model.class_path: ImageClassifier")
             self.model = VisionTransformer(self.config)
             self._adapt(self.model)
             if self.compile_blocks:

@@ -15,6 +15,8 @@ from frugal.model.generation import generate
 from frugal.model.hf_model import HFModel
 from frugal.model.speculative import generate_speculatively
 from frugal.model.transformer import Transformer
+from frugal.model.vision import VisionTransformer
+from frugal.model.vision_config import VisionConfig
 from frugal.training.checkpointing import checkpoint_file, read_checkpoint
 from frugal.training.lora import is_transposed, plain_weights
 
@@ -54,6 +56,25 @@ def load_for_inference(checkpoint: str, device: str = "cpu") -> tuple[Transforme
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {device!r} is not available here ({str(error).splitlines()[0]})") from None
     return model.eval(), load_tokenizer(data["tokenizer"])
+
+
+def load_classifier(checkpoint: str, device: str = "cpu") -> tuple[VisionTransformer, list[str]]:
+    """Rebuild the image classifier that a checkpoint holds, and the names of its classes.
+
+    Args:
+        checkpoint: a .ckpt file, or a run's folder (its best.ckpt, or last.ckpt without validation).
+        device: where the model shall live.
+
+    Raises:
+        UserError: no such file, a damaged one, or one without an image classifier.
+    """
+    path = checkpoint_file(checkpoint)
+    content = read_checkpoint(path)
+    if "vision_transformer" not in content or "ImageDataModule" not in content:
+        raise UserError(f"{path}: holds no image classifier (was it written by train.py fit?)")
+    model = VisionTransformer(VisionConfig.from_dict(content["vision_transformer"]))
+    model.load_state_dict(plain_weights(content, set()))
+    return model.to(device).eval(), content["ImageDataModule"]["class_names"]
 
 
 def complete(

@@ -114,18 +114,21 @@ class TrainingModule(pl.LightningModule):
         """Run a batch through all blocks, for what their hooks see."""
         raise NotImplementedError
 
+    def _require_whole_weights(self, key: str) -> None:
+        """Refuse strategies that shard them."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
+            raise UserError(f"{key}: works on one device and under DDP, not with {type(strategy).__name__}")
+
     def _adapt(self, model: torch.nn.Module) -> None:
         """Put adapters or float8 maps into a model that has just been built and has its weights."""
         if self.lora is None and self.fp8 is None:
             return
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
-            key = "fp8" if self.fp8 else "lora"
-            raise UserError(f"model.{key}: works on one device and under DDP, not with {type(strategy).__name__}")
+        self._require_whole_weights("model.fp8" if self.fp8 else "model.lora")
         if self.lora is not None:
             self.frozen = add_adapters(model, self.lora)
         if self.fp8 is not None:
-            require_float8(self.fp8, str(self.trainer.precision), strategy.root_device)
+            require_float8(self.fp8, str(self.trainer.precision), self.trainer.strategy.root_device)
             convert_to_float8(model, self.fp8)
 
     # --- one optimizer step
