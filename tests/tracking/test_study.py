@@ -101,6 +101,21 @@ def test_a_second_start_makes_nothing_and_a_report_needs_no_run(tmp_path: Path) 
     assert shorter.all() == {"base": {}, "a": {}}  # other steps are other runs
 
 
+def test_a_stopped_run_stops_the_study_and_the_next_start_goes_on(tmp_path: Path) -> None:
+    log: list[str] = []
+    train = fake_train(log)
+
+    def start(command: list[str], log_file: Path) -> int:
+        return 75 if len(log) == 3 else train(command, log_file)
+
+    with pytest.raises(UserError, match="the same command goes on"):
+        StudyRuns("s", STUDY, tmp_path, start=start).all(jobs=2)
+    assert len(log) == 3
+    runs = StudyRuns("s", STUDY, tmp_path, start=train)
+    assert all(seeds.keys() == {1, 2} for seeds in runs.all().values())
+    assert len(log) == len(set(log)) == 3 + runs.made
+
+
 def test_what_a_failed_arm_leaves(tmp_path: Path) -> None:
     log: list[str] = []
     runs = StudyRuns("s", STUDY, tmp_path, start=fake_train(log, fail="only-b"))

@@ -31,7 +31,7 @@ def savings(
     from functools import partial
     from pathlib import Path
 
-    from frugal.errors import require
+    from frugal.errors import UserError, require
     from frugal.tracking.run_folder import RunConfig
     from frugal.tracking.savings import compare
     from frugal.tracking.savings_report import markdown, write_report
@@ -52,7 +52,10 @@ def savings(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     start = None if report_only else partial(start_process, threads=max(1, cores // jobs))
     runs = StudyRuns(name, wanted, folder, wandb, start)
-    results = runs.all(jobs)
+    try:
+        results = runs.all(jobs)
+    except KeyboardInterrupt:
+        raise UserError(f"{name}: interrupted after {runs.made} new run(s); the same command goes on") from None
     points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
     findings = compare(wanted, points)
     text = markdown(name, wanted, points, findings, conditions(results, jobs), runs.sweeps, runs.failures)

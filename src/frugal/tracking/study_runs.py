@@ -93,6 +93,7 @@ class StudyRuns:
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
         self.done = self.made = 0
+        self._stopped = False
         self._began = time.monotonic()
 
     # --- one run
@@ -122,6 +123,8 @@ class StudyRuns:
     def _make(self, spec: RunSpec, key: str) -> dict[str, Any] | None:
         if self.start is None or spec.name in self.failures:
             return None
+        if self._stopped:  # another run was told to stop: begin no new one
+            raise UserError(f"{spec.name}: not begun; the same command goes on")
         run = {"name": spec.name, "root": str(self.out / "runs"), "group": self.name, "wandb": self.wandb}
         overlay = {**spec.overlay, "run": {**run, "tags": ["study", self.name, spec.arm]}}
         folder = self.out / "overlays"
@@ -132,6 +135,7 @@ class StudyRuns:
         output, began = file.with_suffix(".log"), time.monotonic()
         status = self.start(command, output)
         if status == STOPPED:
+            self._stopped = True
             raise UserError(f"{spec.name}: was told to stop and has saved its state; the same command goes on")
         summary = self._summary(key)
         if status or summary is None or summary["loss"] is None:
