@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_in import trainer
 
 from frugal.data.adaptive import AdaptiveCurriculum, AdaptiveMixer, AdaptiveOrder, Bands, check_adaptive, decide
 from frugal.data.datamodule import TextDataModule
@@ -121,14 +121,9 @@ def module(tmp_path: Path, config: AdaptiveCurriculum, **options: Any) -> TextDa
     return TextDataModule(source, TokenizerConfig(300), **options)
 
 
-def trainer(**changes: int) -> Any:
-    values = {"global_step": 0, "max_steps": 40, "accumulate_grad_batches": 2, "global_rank": 0, "world_size": 1}
-    return SimpleNamespace(**{**values, **changes})
-
-
 def run(data: TextDataModule, stop: int, resume: Any = None, **where: int) -> list[torch.Tensor]:
     """Train to step `stop`: both micro-batches' tokens of each step, and a decision after each window."""
-    data.trainer = trainer(**where)
+    data.trainer = trainer(**{"max_steps": 40, **where})
     data.prepare_data()
     data.setup("fit")
     if resume:

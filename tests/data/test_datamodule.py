@@ -1,11 +1,11 @@
 import logging
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from stand_in import trainer
 
 from frugal.data.curriculum import Curriculum, LengthStage
 from frugal.data.datamodule import TextDataModule
@@ -17,11 +17,6 @@ from frugal.data.transforms.rewriting import BpeDropout
 from frugal.data.transforms.text import FillInTheMiddle, TokenMask
 from frugal.errors import UserError
 from frugal.schedule import Ramp
-
-
-def trainer(**changes: int) -> Any:
-    values = {"global_step": 0, "max_steps": 6, "accumulate_grad_batches": 2, "global_rank": 0, "world_size": 1}
-    return SimpleNamespace(**{**values, **changes})
 
 
 def module(tmp_path: Path, lines: int = 400, vocab_size: int = 300, **options: Any) -> TextDataModule:
@@ -123,7 +118,7 @@ def test_several_ranks_see_what_one_sees(tmp_path: Path, options: dict[str, Any]
     data = module(tmp_path, batch_size=4 // world_size, **options)
     parts = []
     for rank in range(world_size):
-        data.trainer = trainer(global_rank=rank, world_size=world_size)
+        data.trainer = trainer(rank, world_size)
         parts.append(stream(data))
     assert torch.equal(torch.cat(parts, dim=2), expected)
 

@@ -1,12 +1,12 @@
 """Batches of images: pure functions of seed and step, whatever the workers; curriculum, resolution, augmentation."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from stand_in import trainer
 from torch import Tensor
 
 from frugal.data.adaptive import AdaptiveCurriculum
@@ -27,24 +27,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def trainer(**changes: Any) -> Any:
-    values = {
-        "global_step": 0,
-        "max_steps": 8,
-        "accumulate_grad_batches": 2,
-        "global_rank": 0,
-        "world_size": 1,
-        "training": True,
-    }
-    return SimpleNamespace(**{**values, **changes})
-
-
 def module(cache: Path, where: dict[str, Any] | None = None, **options: Any) -> ImageDataModule:
     options = {"batch_size": 6, "val_fraction": 0.1, "seed": 3, "cache_dir": str(cache), **options}
     data = ImageDataModule(SklearnDigits(), image_size=8, channels=1, n_classes=10, **options)
-    where = where or {}
-    ranks = {"rank": where.get("global_rank", 0), "num_replicas": where.get("world_size", 1)}
-    data.trainer = trainer(**where, strategy=SimpleNamespace(distributed_sampler_kwargs=ranks))
+    data.trainer = trainer(**{"max_steps": 8, **(where or {})})
     data.prepare_data()
     data.setup("fit")
     return data
@@ -89,7 +75,7 @@ def test_batches_depend_on_seed_and_step_only(cache: Path, options: dict[str, An
 
 def test_two_ranks_see_the_halves_of_one_stream(cache: Path) -> None:
     one = module(cache, {"accumulate_grad_batches": 1}, batch_size=12)
-    halves = [module(cache, {"accumulate_grad_batches": 1, "global_rank": r, "world_size": 2}) for r in (0, 1)]
+    halves = [module(cache, {"accumulate_grad_batches": 1, "rank": r, "ranks": 2}) for r in (0, 1)]
     for whole, left, right in zip(batches(one), *map(batches, halves), strict=True):
         assert torch.equal(whole["images"], torch.cat((left["images"], right["images"])))
 
@@ -126,7 +112,7 @@ def test_evaluation_sees_each_image_once_on_any_number_of_ranks(cache: Path) -> 
     for split, loader in ((VAL, "val_dataloader"), (TEST, "test_dataloader")):
         labels: list[int] = []
         for rank in range(3):
-            data = module(cache, {"global_rank": rank, "world_size": 3}, eval_batch_size=50)
+            data = module(cache, {"rank": rank, "ranks": 3}, eval_batch_size=50)
             assert data.prepared is not None and data.has_test_split
             for batch in getattr(data, loader)():
                 labels += batch["labels"][batch["labels"] >= 0].tolist()
