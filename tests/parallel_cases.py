@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frugal.model.config import AttentionConfig, LatentConfig, MoEConfig, SharingConfig, TransformerConfig
@@ -21,6 +22,8 @@ from frugal.model.parallelize import ParallelSizes, device_mesh, parallelize, sh
 from frugal.model.recompute import recompute_blocks
 from frugal.model.transformer import Transformer
 from frugal.training.losses import sum_and_nll
+from frugal.training.muon import Muon
+from frugal.training.optim import parameter_groups
 
 MOE = MoEConfig(8, 2, 16, n_shared_experts=1, first_k_dense=1, z_loss_coef=0.01, sequence_loss_coef=0.01)
 GQA = AttentionConfig(n_heads=4, n_kv_heads=4, qk_norm="head")
@@ -72,6 +75,12 @@ class Sent(TorchDispatchMode):
         super().__init__()
         self.bytes = dict.fromkeys(("all_gather", "reduce_scatter", "all_reduce", "all_to_all"), 0.0)
 
+    def average_rows(self) -> None:
+        """How many rows arrive where depends on routing and remainders; the mean over processes does not."""
+        rows = torch.tensor(self.bytes["all_to_all"])
+        dist.all_reduce(rows)
+        self.bytes["all_to_all"] = float(rows) / dist.get_world_size()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         for kind, pieces, payload, factor in (
@@ -79,9 +88,9 @@ class Sent(TorchDispatchMode):
             ("reduce_scatter", ("reduce_scatter_base",), lambda: args[1], 1),
             ("all_reduce", ("c10d.allreduce_",), lambda: args[0][0], 2),
             ("all_to_all", ("all_to_all_single",), lambda: args[0], 1),
+            ("all_to_all", ("alltoall_base",), lambda: args[1], 1),
         ):
-            if any(piece in name for piece in pieces):
-                tensor = payload()
+            if any(piece in name for piece in pieces) and (tensor := payload()).is_floating_point():
                 group = next(a for a in args if isinstance(a, (torch.ScriptObject, str)))
                 size = len(dist.get_process_group_ranks(unboxed(group)))
                 self.bytes[kind] += factor * tensor.numel() * tensor.element_size() * (size - 1) / size
@@ -129,19 +138,56 @@ def compare(config: TransformerConfig, sizes: ParallelSizes, recompute: bool = F
             loss = loss_of(model, mine[:, :-1], mine[:, 1:], positions)
             loss.backward()
         losses.append(loss.detach())
-    # How many rows arrive where depends on the routing; the mean over processes does not.
-    rows = torch.tensor(sent.bytes["all_to_all"])
-    dist.all_reduce(rows)
-    sent.bytes["all_to_all"] = float(rows) / dist.get_world_size()
+    sent.average_rows()
     found: dict[str, Any] = {"sent": sent.bytes}
     pairs = list(zip(one.named_parameters(), model.named_parameters(), strict=True))
     found["gradients"] = max(
         float((whole(q.grad) - p.grad).norm() / p.grad.norm().clamp_min(1e-12)) for (_, p), (_, q) in pairs
     )
+    found["muon"] = step_with_muon(one, model)
     one.eval(), model.eval()
     with torch.no_grad():
         found["logits"] = float((one(data[0, :1, :-1]) - model(data[0, :1, :-1])).abs().max())
     return found
+
+
+def step_with_muon(one: Transformer, model: Transformer) -> dict[str, Any]:
+    """One step on both; the largest difference of a weight, and what was sent."""
+    sent, optimizers = Sent(), [Muon(parameter_groups(m), lr=0.01, eps=1e-4) for m in (one, model)]
+    optimizers[0].step()
+    with sent:
+        optimizers[1].step()
+    sent.average_rows()
+    pairs = zip(one.parameters(), model.parameters(), strict=True)
+    return {"weights": max(float((whole(q) - p).abs().max()) for p, q in pairs), "sent": sent.bytes["all_to_all"]}
+
+
+def placed_anyhow() -> float:
+    """Muon on matrices and stacks that are cut in any way, unevenly too: the largest difference of a weight."""
+    n = dist.get_world_size()
+    flat, square = dist.init_device_mesh("cpu", (n,)), dist.init_device_mesh("cpu", (2, n // 2))
+    shapes = [((10, 6), 1), ((6, 10), 1), ((12, 7), 2), ((3, 10, 7), 1), ((5, 6, 4), 2), ((3, 9), 1), ((3, 9), 1)]
+    cases = [
+        (shape, parts, mesh, places)
+        for shape, parts in shapes
+        for mesh, places in (
+            *((flat, [Shard(dim)]) for dim in range(len(shape))),
+            *((square, [Shard(a), Shard(b)]) for a in range(len(shape)) for b in range(len(shape))),
+            (square, [Replicate(), Shard(1)]),
+        )
+    ]
+    torch.manual_seed(0)
+    ones = [nn.Parameter(torch.randn(shape)) for shape, *_ in cases]
+    spread = [nn.Parameter(distribute_tensor(p.detach(), *case[2:])) for p, case in zip(ones, cases, strict=True)]
+    groups = ([{"params": [p], "parts": case[1]} for p, case in zip(of, cases, strict=True)] for of in (ones, spread))
+    optimizers = [Muon(group, lr=0.1) for group in groups]
+    for _ in range(2):
+        for p, q, case in zip(ones, spread, cases, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = distribute_tensor(p.grad, *case[2:])
+        for optimizer in optimizers:
+            optimizer.step()
+    return max(float((q.full_tensor() - p).abs().max()) for p, q in zip(ones, spread, strict=True))
 
 
 def copied(config: TransformerConfig) -> dict[str, Any]:
@@ -188,5 +234,6 @@ def check() -> None:
     cases = cases_of(dist.get_world_size())
     found = {name: compare(config, sizes, **options) for name, (config, sizes, options) in cases.items()}
     found["ddp"] = copied(CASES["dense"][0])
+    found["muon"] = {"weights": placed_anyhow()}
     if dist.get_rank() == 0:
         Path("cases.json").write_text(json.dumps(found))

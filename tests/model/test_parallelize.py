@@ -29,18 +29,21 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_gradients_and_logits_are_those_of_one_process(found: tuple[int, Found]) -> None:
     n, results = found
     cases = cases_of(n)
-    assert results.keys() == {*cases, "ddp"} and len(cases) == (29 if n == 4 else 18)
+    assert results.keys() == {*cases, "ddp", "muon"} and len(cases) == (29 if n == 4 else 18)
     for name in cases:
         assert results[name]["gradients"] < 1e-5, name
         assert results[name]["logits"] < 1e-5, name
+        assert results[name]["muon"]["weights"] < 1e-5, name
+    assert results["muon"]["weights"] < 1e-6
 
 
 def test_what_is_sent_is_what_the_formula_says(found: tuple[int, Found]) -> None:
     n, results = found
     for name, (config, sizes, options) in cases_of(n).items():
-        traffic = bytes_per_step(
-            config, "fsdp2", 2 * config.max_seq_len, sizes.data, sizes.tensor, sizes.expert, accumulate=2, **options
-        )
+        mesh = (2 * config.max_seq_len, sizes.data, sizes.tensor, sizes.expert)
+        traffic = bytes_per_step(config, "fsdp2", *mesh, accumulate=2, **options)
+        with_muon = bytes_per_step(config, "fsdp2", *mesh, accumulate=2, muon=True, **options)
+        assert results[name]["muon"]["sent"] == pytest.approx(with_muon.all_to_all - traffic.all_to_all), name
         sent = results[name]["sent"]
         if config.n_mtp:  # the module ahead sees a token less; its sums and rows are that much smaller
             shorter = 1 - config.n_mtp / config.max_seq_len

@@ -87,7 +87,7 @@ def test_state_by_hand() -> None:
     for optimizer, moments in (("AdamW", 2), ("SGD", 1), ("Adafactor", 0)):
         memory = training_memory(llama, Load(1, 4096, precision="bf16-mixed", optimizer=optimizer))
         assert (memory.weights, memory.gradients, memory.optimizer) == (4 * n, 4 * n, 4 * moments * n)
-    rows = 2 * 32_000 * 4096
+    rows = 2 * 32_000 * 4096 + (2 * 32 + 1) * 4096  # embedding and head; norms
     muon = training_memory(llama, Load(1, 4096, optimizer="Muon"))
     assert muon.optimizer == 4 * (n + rows)
     assert training_memory(llama, Load(1, 4096, precision="bf16-true")).state == 8 * n

@@ -178,7 +178,7 @@ class CostMeter(pl.Callback):
         self.ledger.flops += tokens * self._flops_per_token[key]
         self.ledger.step = trainer.global_step
         if pl_module.step_complete:
-            self.ledger.flops += pl_module.optimizer_flops() * trainer.world_size
+            self.ledger.flops += pl_module.optimizer_flops()
         if pl_module.step_complete and trainer.global_step % trainer.log_every_n_steps == 0:
             synchronize(self.device)
             self._lap()

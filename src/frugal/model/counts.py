@@ -113,6 +113,14 @@ def count_parameters(config: BlocksConfig) -> Counts:
     )
 
 
+def count_matrices(config: BlocksConfig) -> int:
+    """Weights of all matrices but embeddings, output head and routers, stored: what Muon orthogonalizes."""
+    stored, ahead = _tally(config, unique=True), _mtp_tally(config)
+    mixtures = {block for layer, block in enumerate(config.layer_map) if config.is_moe(layer)}
+    routers = (len(mixtures) + config.n_mtp) * config.moe.n_experts * config.d_model if config.moe else 0
+    return stored.matrices + stored.idle + ahead.matrices + ahead.idle - routers
+
+
 def _mtp_tally(config: BlocksConfig) -> _Tally:
     """Of all modules of multi-token prediction together."""
     if not config.n_mtp:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from frugal.errors import require
-from frugal.model.config import TransformerConfig, count_parameters
+from frugal.model.config import TransformerConfig, count_matrices, count_parameters
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,11 @@ def _weights(config: TransformerConfig) -> int:
 
 
 def _experts(config: TransformerConfig) -> int:
-    """Weights of all routed experts."""
+    """Weights of all routed experts, of those that layers share once."""
     if config.moe is None:
         return 0
-    return (config.n_moe_layers + config.n_mtp) * config.moe.n_experts * 3 * config.d_model * config.moe.d_expert
+    stored = {block for layer, block in enumerate(config.layer_map) if config.is_moe(layer)}
+    return (len(stored) + config.n_mtp) * config.moe.n_experts * 3 * config.d_model * config.moe.d_expert
 
 
 def _split_matrices(config: TransformerConfig) -> int:
@@ -68,6 +69,7 @@ def bytes_per_step(
     accumulate: int = 1,
     reshard_after_forward: bool = True,
     recompute: bool = False,
+    muon: bool = False,
     weight_bytes: int = 4,
     gradient_bytes: int = 4,
     activation_bytes: int = 4,
@@ -82,6 +84,9 @@ def bytes_per_step(
                        reduce-scatter  the same once, in the gradients' type
         x tensor       all-reduce      A 4 L 2 (t-1)/t tokens D: after attention and feed-forward, and backward
         x expert       all-to-all      A 4 M (t-1)/t tokens top_k D: there and back, and backward
+        Muon, fsdp2    all-to-all      2/W (c weights of each matrix), there and back: c = (data-1)/data of one of the
+                                       S, (t-1)/t besides if tensor splits it, (W-1)/W of any other; without tensor and
+                                       expert parallelism 0 of experts, which lie whole on the processes
 
     Args:
         tokens: of one micro-batch on one process (processes of a tensor-parallel group have the same ones).
@@ -89,6 +94,7 @@ def bytes_per_step(
         accumulate: micro-batches of a step.
         reshard_after_forward: as in FSDP2Strategy.
         recompute: activation checkpointing: the second forward pass exchanges rows again, and sums attention again.
+        muon: the optimizer is Muon, which gathers each sharded matrix on one process.
         weight_bytes, gradient_bytes, activation_bytes: size of one number; 2 for bfloat16.
 
     Raises:
@@ -103,17 +109,22 @@ def bytes_per_step(
     if strategy == "ddp":
         return Traffic(all_reduce=2 * _others(data) * weights * gradient_bytes)
     inner = tensor * expert
-    split = 0 if inner == 1 else _experts(config) + (_split_matrices(config) if tensor > 1 else 0)
+    matrices = _split_matrices(config) if tensor > 1 else 0
+    split = _experts(config) + matrices
     moved = _others(data * inner) * (weights - split) + _others(data) * split / inner
     gathers = accumulate * (2 if reshard_after_forward else 1)
     blocks, mixtures = config.n_layers + config.n_mtp, config.n_moe_layers + (config.n_mtp if config.moe else 0)
     rows = accumulate * 4 * tokens * config.d_model * activation_bytes
     top_k = config.moe.top_k if config.moe else 0
+    gathered = _others(data * inner) * (count_matrices(config) - split) + _others(tensor) * matrices
+    if inner > 1:
+        gathered += _others(data) * split
     return Traffic(
         all_gather=gathers * moved * weight_bytes,
         reduce_scatter=moved * gradient_bytes,
         all_reduce=blocks * rows * 2 * _others(tensor) * (1.25 if recompute else 1),
-        all_to_all=mixtures * rows * top_k * _others(expert) * (1.5 if recompute else 1),
+        all_to_all=mixtures * rows * top_k * _others(expert) * (1.5 if recompute else 1)
+        + muon * 2 * gathered / (data * inner) * weight_bytes,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from frugal.errors import UserError
-from frugal.model.config import TransformerConfig, count_parameters, state_memory
+from frugal.model.config import TransformerConfig, count_matrices, count_parameters, state_memory
 
 Strategy = Literal["replicated", "sharded", "expert"]
 # Bytes of a weight and of its gradient, of a matrix product's operand, and of the residual stream.
@@ -141,9 +141,7 @@ def training_memory(config: TransformerConfig, load: Load) -> Memory:
     parts = 1 if load.strategy == "replicated" else load.devices
     trained = state.gradients / weight
     if load.optimizer == "Muon":  # a momentum for matrices, AdamW for what is looked up or multiplied row by row
-        rows = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
-        rows += config.n_moe_layers * config.moe.n_experts * config.d_model if config.moe else 0
-        moments = trained + rows
+        moments = 2 * trained - count_matrices(config)
     else:
         moments = MOMENTS.get(load.optimizer, 2.0) * trained
     tokens = load.micro_batch * load.seq_len

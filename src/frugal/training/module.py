@@ -295,8 +295,12 @@ class TrainingModule(pl.LightningModule):
         use_averages(self.trainer.optimizers, True)
 
     def optimizer_flops(self) -> float:
-        """FLOPs of the optimizer's own matrix products in a step, with what trains now."""
-        return sum(float(optimizer.flops()) for optimizer in self.trainer.optimizers if isinstance(optimizer, Muon))
+        """FLOPs of the optimizer's own matrix products in a step on all devices, with what trains now.
+
+        Devices with copies of the weights all take the same ones; those that share the weights share them, too.
+        """
+        mine = [optimizer for optimizer in self.trainer.optimizers if isinstance(optimizer, Muon)]
+        return sum(float(m.flops()) * (1 if _are_sharded(m) else self.trainer.world_size) for m in mine)
 
     # --- checkpoints
 

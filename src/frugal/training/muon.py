@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from frugal.model.linear import local
+from frugal.training.clipping import gradients
+from frugal.training.exchange import layout
+
 # The quintic of Jordan et al. 2024: steep at zero, so that small singular values grow fast; the others end up in
 # about [0.7, 1.2], which is near enough to one.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -53,6 +57,9 @@ class Muon(torch.optim.Optimizer):
     layers and experts, are orthogonalized in one batch. Groups with `matrix: False` (embeddings, router, vectors) are
     left to AdamW with the same settings. A group's `parts` says of how many matrices of equal size its parameters are
     joined along the output dimension, as gate and up projection are.
+
+    Of weights that are sharded over processes each shard has its own momentum; a matrix is put together and
+    orthogonalized on one process of those that have parts of it.
 
     Args:
         params: groups of parameters, as `frugal.training.optim.parameter_groups` makes them.
@@ -123,25 +130,26 @@ class Muon(torch.optim.Optimizer):
                 self._adamw(group, params)
                 continue
             for p, update in zip(params, self._momentum(group, params), strict=True):
-                shape = (p.shape[-2] // group["parts"], p.shape[-1])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                rate = group["lr"] * _scale(*shape, group["adjust_lr"])
-                batches[(*shape, group["ns_steps"], p.device, p.dtype)].append((p, update, rate))
-        for (rows, columns, steps, *_), members in batches.items():
-            stacked = torch.cat([update.reshape(-1, rows, columns) for _, update, _ in members])
-            done = orthogonalize(stacked, steps)
-            for (p, _, rate), piece in zip(
-                members, done.split([p.numel() // (rows * columns) for p, _, _ in members]), strict=True
-            ):
-                p.add_(piece.reshape(p.shape), alpha=-rate)
+                rows, columns = p.shape[-2] // group["parts"], p.shape[-1]
+                local(p).mul_(1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] * _scale(rows, columns, group["adjust_lr"])
+                key = (rows, columns, group["ns_steps"], p.device, p.dtype, layout(p, rows))
+                batches[key].append((local(p), update, rate))
+        for (rows, columns, steps, device, _, where), members in batches.items():
+            stacks = [where.stack(update) for _, update, _ in members]
+            whole = where.gather(torch.cat(stacks))
+            done = orthogonalize(whole.view(-1, rows, columns), steps).reshape(whole.shape)
+            back = where.scatter(done, sum(map(len, stacks))).to(device)
+            for (part, _, rate), piece in zip(members, back.split([len(stack) for stack in stacks]), strict=True):
+                part.add_(piece.reshape(part.shape), alpha=-rate)
         return loss
 
     def _momentum(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = gradients(params)
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         if not group["nesterov"]:
             return buffers
@@ -157,10 +165,10 @@ class Muon(torch.optim.Optimizer):
                 }
         states = [self.state[p] for p in params]
         adamw(
-            params,
-            [p.grad for p in params],  # type: ignore[misc]
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(p) for p in params],
+            gradients(params),
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,

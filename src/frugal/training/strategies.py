@@ -17,6 +17,7 @@ from frugal.model.config import TransformerConfig
 from frugal.model.parallelize import DATA, EXPERT, ParallelSizes, device_mesh, parallelize, sharded_modules
 from frugal.model.transformer import Transformer
 from frugal.training.checkpointing import read_checkpoint
+from frugal.training.muon import Muon
 from frugal.training.sharded import (
     distribute_like,
     empty_optimizer_state,
@@ -29,8 +30,8 @@ from frugal.training.sharded import (
     stored_tensors,
 )
 
-# Their updates are elementwise, so that a shard is updated as it would be within the whole.
-ELEMENTWISE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+# Those of torch are elementwise, so that a shard is updated as it would be within the whole; ours gathers matrices.
+OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, Muon)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -101,8 +102,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         require(not self.cpu_offload or accelerator == "cuda", "trainer.strategy.cpu_offload: needs a CUDA device")
         optimizer = module.optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
         require(
-            type(optimizer) in ELEMENTWISE,
-            f"model.optimizer: {type(optimizer).__name__} does not work on sharded weights; use "
+            type(optimizer) in OPTIMIZERS,
+            f"model.optimizer: {type(optimizer).__name__} does not work on sharded weights; use Muon or "
             "torch.optim.AdamW, Adam or SGD with this trainer.strategy",
         )
 
