@@ -9,6 +9,7 @@ import yaml
 from frugal.cli.train import build
 from frugal.cli.train import main as train
 from frugal.cli.verbs import main
+from frugal.tracking.read_runs import flat
 from frugal.tracking.study import read_study, run_spec
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +20,8 @@ STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 def test_every_arm_of_a_shipped_study_is_accepted(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     study = read_study(str(path))
+    said = flat(run_spec(study, study.base, 1, study.steps, {}).overlay)
+    assert {"model.optimizer.class_path", "data.batch_size"} <= said.keys()  # its results outlive a change of defaults
     seen = []
     steps = round(study.lengths[0] * study.steps)  # the shortest run: where shares of the steps come closest
     for arm in study.all_arms():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ def test_a_recipe_makes_all_alone_and_without() -> None:
     options = {arm.name: arm.options for arm in STUDY.all_arms()}
     assert options["recipe"] == {"model": {"parts": {"a": True, "b": True, "c": True}}}
     assert options["without-b"] == {"model": {"parts": {"a": True, "c": True}}}
+
+
+def test_some_arms_alone_come_with_what_they_are_compared_with() -> None:
+    arms = [Arm("x", controls=["shorter"]), Arm("shorter", equal=Equal("y")), Arm("y"), Arm("z")]
+    study = Study("?", 1000, arms=arms, parts=STUDY.parts)
+    for only, names in ((["x"], ["base", "x", "shorter", "y"]), (["recipe", "z"], ["base", "z", "recipe"])):
+        assert [arm.name for arm in replace(study, only=only).all_arms()] == names
+    with pytest.raises(UserError, match="there is no arm 'w', only base, x"):
+        replace(study, only=["w"])
 
 
 def test_the_engine_finds_what_was_planted(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ def savings(
     out: str = "runs/studies",
     steps: int | None = None,
     seeds: int | None = None,
+    arms: list[str] | None = None,
     jobs: int = 1,
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto",
     report_only: bool = False,
@@ -21,6 +22,7 @@ def savings(
         out: folder for the runs and the report; finished runs in it are used, interrupted ones go on.
         steps: of the baseline, in place of the study's: a smaller or larger copy of it, with a folder of its own.
         seeds: how many of the study's seeds.
+        arms: these alone, with the baseline and their controls; the others can follow, in the same folder.
         jobs: runs at a time, each with its share of the machine's cores.
         wandb: auto, online, offline or disabled.
         report_only: write the report of what is there and start nothing.
@@ -45,6 +47,8 @@ def savings(
     if seeds is not None:
         require(0 < seeds <= len(wanted.seeds), f"seeds: the study has {len(wanted.seeds)}, got {seeds}")
         wanted = replace(wanted, seeds=wanted.seeds[:seeds])
+    if arms:
+        wanted = replace(wanted, only=arms)
     if steps is not None and steps != wanted.steps:
         wanted, name = replace(wanted, steps=steps), f"{name}_{steps}_steps"
     folder = Path(out).resolve() / name

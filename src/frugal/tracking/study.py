@@ -98,6 +98,7 @@ class Study:
         add_one_in: with `parts`, run each alone.
         leave_one_out: with `parts`, run the recipe without each.
         recipe_tune: a sweep for the whole recipe.
+        only: names of arms to run for now, with the baseline and what they are compared with; empty: all.
     """
 
     question: str
@@ -116,6 +117,7 @@ class Study:
     add_one_in: bool = True
     leave_one_out: bool = True
     recipe_tune: Tune | None = None
+    only: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"steps: must be positive, got {self.steps}")
@@ -126,18 +128,21 @@ class Study:
             "lengths: positive shares, in rising order",
         )
         require(self.margin >= 0, f"margin: must not be negative, got {self.margin}")
-        names = [arm.name for arm in self.all_arms()]
+        arms = self._every_arm()
+        names = [arm.name for arm in arms]
         for name in names:
             require(names.count(name) == 1, f"arms: {name} stands there twice")
-        for arm in self.all_arms():
+        for name in self.only:
+            require(name in names, f"arms: there is no arm {name!r}, only {', '.join(names)}")
+        for arm in arms:
             for wanted in (*arm.controls, *([arm.equal.arm] if arm.equal else [])):
                 require(wanted in names and wanted != arm.name, f"arms: {arm.name}: there is no other arm {wanted!r}")
             require(arm.start in self.lengths, f"arms: {arm.name}: start {arm.start} is none of the lengths")
             if arm.tune is not None:
                 require(arm.tune.seed not in self.seeds, f"arms: {arm.name}: tune.seed is a seed of the study")
                 require(len(arm.tune.grid) > 1, f"arms: {arm.name}: tune.grid needs two values or more")
-        by_name = {arm.name: arm for arm in self.all_arms()}
-        for arm in self.all_arms():
+        by_name = {arm.name: arm for arm in arms}
+        for arm in arms:
             if arm.equal:
                 require(
                     by_name[arm.equal.arm].equal is None, f"arms: {arm.name}: {arm.equal.arm} is such a control itself"
@@ -146,7 +151,18 @@ class Study:
             require(1.0 in self.lengths, "lengths: 1.0 must be among them when the baseline's loss is the target")
 
     def all_arms(self) -> list[Arm]:
-        """Baseline first, then arms, then those made from the recipe's parts."""
+        """Baseline first, then arms, then those made from the recipe's parts; those that `only` leaves."""
+        arms = self._every_arm()
+        if not self.only:
+            return arms
+        by_name, wanted = {arm.name: arm for arm in arms}, [self.base.name, *self.only]
+        for name in wanted:  # grows while it is read
+            arm = by_name[name]
+            needed = [*arm.controls, *([arm.equal.arm] if arm.equal else [])]
+            wanted += [other for other in needed if other not in wanted]
+        return [arm for arm in arms if arm.name in wanted]
+
+    def _every_arm(self) -> list[Arm]:
         made = []
         if self.parts:
             made.append(self._joined("recipe", self.parts, "all parts together", self.recipe_tune))
