@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from frugal.data.batches import EvaluationSequences, TrainingSequences
 from frugal.data.documents import Document, content_hash
 from frugal.data.mixture import BLOCK, Mixer, MixtureStage, apportion, check_stages
-from frugal.data.packing import prepare, split_documents
+from frugal.data.packing import prepare
 from frugal.data.sources import LocalText, Mixture, Source, WeightedSource
+from frugal.data.splits import split_documents
 from frugal.data.tokenization import TokenizerConfig
 from frugal.errors import UserError
 

@@ -1,4 +1,3 @@
-import errno
 import json
 import subprocess
 import sys
@@ -10,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frugal.data.documents import Document
-from frugal.data.packing import prepare, split_documents
+from frugal.data.packing import prepare
 from frugal.data.sources import KingJames, LocalText
+from frugal.data.splits import split_documents
 from frugal.data.tokenization import TokenizerConfig, token_byte_lengths
 from frugal.errors import UserError
 
@@ -145,22 +145,17 @@ def test_the_marker_inside_a_text_is_text(tmp_path: Path) -> None:
     assert np.flatnonzero(prepared.train == 0).tolist() == [0]
 
 
-def test_a_full_disk_leaves_no_cache(source: LocalText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("numpy.save", full)
-        with pytest.raises(UserError, match=r"data\.cache_dir: cannot write .*No space left on device"):
-            prepare(source, TokenizerConfig(300), 0.2, str(tmp_path / "cache"))
-    assert not list((tmp_path / "cache").iterdir())
-    assert len(prepare(source, TokenizerConfig(300), 0.2, str(tmp_path / "cache")).train)
-
-
-def test_one_very_long_line(tmp_path: Path) -> None:
-    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "word " * 600_000}) + "\n" + json.dumps({"text": "end"}))
-    prepared = prepare(LocalText(str(tmp_path / "long.jsonl")), TokenizerConfig(300), 0.2, str(tmp_path / "cache"))
-    assert prepared.train_bytes + prepared.val_bytes == 3_000_003
+def test_one_very_long_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is encoded in pieces, from which the same tokens come; alone it is cut between two words."""
+    words = "a word and " * 270_000
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": words}))
+    made = [prepare(LocalText(str(tmp_path / "long.jsonl")), TokenizerConfig(300), 0.2, str(tmp_path / "cache"))]
+    monkeypatch.setattr("frugal.data.tokenization.PIECE", 2**30)
+    made.append(prepare(LocalText(str(tmp_path / "long.jsonl")), TokenizerConfig(300), 0.2, str(tmp_path / "whole")))
+    assert made[0].train_bytes + made[0].val_bytes == len(words)
+    assert np.array_equal(made[0].train, made[1].train) and np.array_equal(made[0].val, made[1].val)
+    assert made[0].tokenizer.decode(made[0].train[:50].tolist()).startswith("a word and a word")
+    assert made[0].tokenizer.decode(made[0].train[-50:].tolist()).endswith(("a ", "word ", "and "))
 
 
 def test_a_truncated_cache_is_refused(source: LocalText, tmp_path: Path) -> None:

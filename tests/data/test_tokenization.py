@@ -3,9 +3,17 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from frugal.data.tokenization import EOT, TokenizerConfig, load_tokenizer, token_byte_lengths, train_tokenizer
+from frugal.data import tokenization
+from frugal.data.tokenization import (
+    EOT,
+    TokenizerConfig,
+    load_tokenizer,
+    pieces,
+    token_byte_lengths,
+    train_tokenizer,
+)
 from frugal.errors import UserError
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat\n" * 20, "naïve 🙂🙂 café\n" * 20], TokenizerConfig(300))
@@ -70,3 +78,38 @@ def test_special_tokens_have_ids_and_stand_for_no_bytes() -> None:
     assert token_byte_lengths(tokenizer)[:3].tolist() == [0, 0, 1]
     with pytest.raises(UserError, match="258 has no room for all bytes, the end and 2 special tokens"):
         TokenizerConfig(258, special_tokens=("a", "b"))
+
+
+# The pattern of Llama 3, which takes line ends after punctuation into one word; GPT-2's is that of ByteLevel itself.
+LLAMA_3 = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    )
+)
+OTHER = load_tokenizer(TOKENIZER.to_str())
+OTHER.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(Regex(LLAMA_3), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+
+
+@given(st.text(st.sampled_from("the cat \n\r\t.,'_é1\u0301漢。\u00a0")), st.integers(1, 5))
+def test_tokens_of_the_pieces_are_those_of_the_text(text: str, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization, "PIECE", size)
+        parts = list(pieces(text))
+    assert "".join(parts) == text and parts[0] == text[: len(parts[0])]
+    for tokenizer in (TOKENIZER, OTHER):
+        whole = tokenizer.encode(text, add_special_tokens=False).ids
+        assert [i for part in parts for i in tokenizer.encode(part, add_special_tokens=False).ids] == whole
+
+
+def test_a_long_text_is_cut_often_and_trains_the_same_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "the cat sat on the mat, and so did the dog\n" * 300
+    whole = train_tokenizer([text], TokenizerConfig(290)).to_str()
+    monkeypatch.setattr(tokenization, "PIECE", 100)
+    assert max(map(len, pieces(text))) < 120 and len(list(pieces("x" * 500))) == 1
+    assert train_tokenizer([text], TokenizerConfig(290)).to_str() == whole

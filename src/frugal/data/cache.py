@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ def new_folder(folder: Path, proof: str) -> Iterator[Path]:
     """A folder to write into that becomes `folder` in one step when the block ends well, and is gone when it does not.
 
     So an interrupted preparation leaves nothing that a later run would trust, and two processes do not harm each
-    other: the first one's result stands.
+    other: the first one's result stands. What a killed process of this machine left behind is removed.
 
     Args:
         folder: its final place.
@@ -26,8 +28,12 @@ def new_folder(folder: Path, proof: str) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written, for instance because the disk is full.
     """
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    host = re.sub(r"[^\w-]", "-", socket.gethostname())
+    temporary = folder.with_name(f"{folder.name}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
+        for left in folder.parent.glob(f"{folder.name}.{host}.*.tmp"):
+            if not _runs(int(left.name.split(".")[-3])):
+                shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         try:
@@ -36,6 +42,17 @@ def new_folder(folder: Path, proof: str) -> Iterator[Path]:
             if not (folder / proof).is_file():
                 raise  # otherwise another process was faster: its result is the same
     except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from None
+        # Libraries that write in their own language give a message only.
+        raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -30,8 +30,9 @@ from frugal.data.curriculum import (
 )
 from frugal.data.difficulty import Difficulty, Scorer, difficulty_scores
 from frugal.data.mixture import Mixer, MixtureStage, check_stages
-from frugal.data.packing import Prepared, Split, prepare
+from frugal.data.packing import Prepared, prepare
 from frugal.data.sources import Source
+from frugal.data.splits import Split
 from frugal.data.stepping import PREFETCH, SteppedData
 from frugal.data.tokenization import TokenizerConfig, load_tokenizer, token_byte_lengths
 from frugal.data.transforms.base import TextTransform, TextTransforms, check_order, special_tokens

@@ -8,10 +8,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -20,68 +20,22 @@ from tokenizers import Tokenizer
 from frugal.data.cache import new_folder
 from frugal.data.curation.pipeline import CurationConfig
 from frugal.data.curation.stage import REPORT_FILES, curated_parts, curation_seconds
-from frugal.data.documents import Document, as_document, content_hash
+from frugal.data.documents import Document
+from frugal.data.progress import progress_bar
 from frugal.data.sources import Source, WeightedSource
-from frugal.data.tokenization import EOT, TokenizerConfig, load_tokenizer, token_byte_lengths, train_tokenizer
+from frugal.data.splits import Split, split_documents
+from frugal.data.tokenization import (
+    EOT,
+    TokenizerConfig,
+    load_tokenizer,
+    pieces,
+    token_byte_lengths,
+    train_tokenizer,
+)
 from frugal.errors import UserError
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 2  # part of the fingerprint: raise it when what is written changes
-
-
-Split = Literal["position", "hash"]
-
-
-def split_documents(
-    documents: Iterable[str | Document], val_fraction: float, split: Split = "position"
-) -> tuple[list[Document], list[Document]]:
-    """Hold out `val_fraction` of the text for validation; both sides keep the documents' order.
-
-    `position`: the last bytes. The cut lies after the first line end at or beyond the position, inside a document if
-    need be. `hash`: the documents whose content's hash falls there, so that copies of one text lie on one side, and
-    documents added later move none of the others.
-
-    Raises:
-        UserError: there is no text, or one of the two parts would be empty.
-    """
-    every = [as_document(document) for document in documents]
-    sizes = [len(document.text.encode()) for document in every]
-    total = sum(sizes)
-    if total == 0:
-        raise UserError("data.source: there is no text in it")
-    if split == "hash":
-        held_out = [is_held_out(document.text, val_fraction) for document in every]
-        train = [document for document, out in zip(every, held_out, strict=True) if not out]
-        val = [document for document, out in zip(every, held_out, strict=True) if out]
-    else:
-        train, val = _split_by_position(every, sizes, int(total * (1 - val_fraction)))
-    if not train or not val:
-        raise UserError(
-            f"data.val_fraction: {val_fraction} of {total} bytes leaves no text for "
-            f"{'validation' if train else 'training'}; give more text or another fraction"
-            + (f", or data.split position ({len(every)} documents are few for hash)" if split == "hash" else "")
-        )
-    return train, val
-
-
-def is_held_out(text: str, val_fraction: float) -> bool:
-    """Whether a document falls into validation by the hash of its content."""
-    return int.from_bytes(content_hash(text)[:8]) < int(val_fraction * 2**64)
-
-
-def _split_by_position(
-    documents: list[Document], sizes: list[int], position: int
-) -> tuple[list[Document], list[Document]]:
-    seen = 0
-    for i, (document, size) in enumerate(zip(documents, sizes, strict=True)):
-        if seen + size > position:
-            raw = document.text.encode()
-            # A line's end: never inside a character, since no UTF-8 continuation byte is a newline.
-            cut = raw.find(b"\n", position - seen) + 1 or size
-            head, tail = (replace(document, text=text.decode()) for text in (raw[:cut], raw[cut:]))
-            return documents[:i] + [head] * bool(head.text), [tail] * bool(tail.text) + documents[i + 1 :]
-        seen += size
-    return documents, []
 
 
 @dataclass(frozen=True)
@@ -183,17 +137,20 @@ def prepare(
         if curation:
             sides, report = _curate(source, sides, val_fraction, cache_dir, split, curation)
             stages = stages | {"curation": curation_seconds(report)}
-        texts = (document.text for train, _ in sides for document in train)
-        tokenizer = load_tokenizer(config.file) if config.file else train_tokenizer(texts, config)
-        if tokenizer.get_vocab_size() > config.vocab_size:
-            raise UserError(
-                f"data.tokenizer.vocab_size: {config.vocab_size} is less than the {tokenizer.get_vocab_size()} tokens "
-                f"of {config.path}"
-            )
-        with new_folder(folder, "meta.json") as temporary:
+        texts = [document.text for train, _ in sides for document in train]
+        with progress_bar() as progress, new_folder(folder, "meta.json") as temporary:
+            if config.file:
+                tokenizer = load_tokenizer(config.file)
+            else:
+                tokenizer = train_tokenizer(_counted(texts, "reading for the tokenizer", progress), config)
+            if tokenizer.get_vocab_size() > config.vocab_size:
+                raise UserError(
+                    f"data.tokenizer.vocab_size: {config.vocab_size} is less than the {tokenizer.get_vocab_size()} "
+                    f"tokens of {config.path}"
+                )
             meta: dict[str, Any] = {"fingerprint": key, "source": source.name, "val_fraction": val_fraction}
             for name, per_part in zip(("train", "val"), zip(*sides, strict=True), strict=True):
-                meta[name] = _write_tokens(temporary / name, per_part, tokenizer)
+                meta[name] = _write_tokens(temporary / name, per_part, tokenizer, progress)
             meta["parts"] = [part.called for part in source.parts()]
             meta["seconds_by_stage"] = stages
             meta["seconds"] = round(time.perf_counter() - start, 3)
@@ -240,6 +197,15 @@ def prepare(
     return Prepared(train_map, val_map, tuple(parts), tokenizer, meta, folder)
 
 
+def _counted(texts: Sequence[str], name: str, progress: Callable[[str, float], None]) -> Iterator[str]:
+    """The texts, saying how far one has got."""
+    size, done = sum(map(len, texts)), 0
+    for text in texts:
+        yield text
+        done += len(text)
+        progress(name, done / size)
+
+
 def curation_key(source: Source, val_fraction: float, split: Split) -> str:
     """What the documents to be curated, and those held out, depend on."""
     return json.dumps([source.fingerprint(), val_fraction, split])
@@ -277,7 +243,24 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _write_tokens(stem: Path, parts: Sequence[list[Document]], tokenizer: Tokenizer) -> dict[str, Any]:
+def _batches(documents: Sequence[Document], characters: int = 2**20) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces of the documents, each with whether it begins one, as many as make up so many characters."""
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for document in documents:
+        for i, piece in enumerate(pieces(document.text)):
+            batch.append((piece, i == 0))
+            size += len(piece)
+            if size >= characters:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_tokens(
+    stem: Path, parts: Sequence[list[Document]], tokenizer: Tokenizer, progress: Callable[[str, float], None]
+) -> dict[str, Any]:
     """Encode documents, each preceded by the end-of-text token, so that every byte of text is predicted.
 
     Writes `stem`.bin, the tokens of one part after the other, and what is known of each document beside it.
@@ -290,21 +273,25 @@ def _write_tokens(stem: Path, parts: Sequence[list[Document]], tokenizer: Tokeni
     tokens = text_bytes = 0
     starts: list[int] = []
     ranges: list[tuple[int, int]] = []
+    every = [document for documents in parts for document in documents]
+    size, done = sum(len(document.text) for document in every), 0
     with stem.with_suffix(".bin").open("wb") as file:
         for documents in parts:
             first = tokens
-            for start in range(0, len(documents), 256):
-                texts = [document.text for document in documents[start : start + 256]]
-                for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-                    ids = np.array([end, *encoding.ids], dtype=dtype)
+            for batch in _batches(documents):
+                encodings = tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
+                for encoding, (piece, begins) in zip(encodings, batch, strict=True):
+                    ids = np.array([end] * begins + encoding.ids, dtype=dtype)
                     file.write(ids.tobytes())
-                    starts.append(tokens)
+                    if begins:
+                        starts.append(tokens)
                     tokens += len(ids)
                     text_bytes += int(lengths[ids].sum())
+                    done += len(piece)
+                progress("tokenizing", done / size)
             ranges.append((first, tokens))
         file.flush()
         os.fsync(file.fileno())
-    every = [document for documents in parts for document in documents]
     np.save(stem.with_suffix(".starts.npy"), np.array(starts, dtype=np.int64))
     levels = [-1 if document.level is None else document.level for document in every]
     np.save(stem.with_suffix(".levels.npy"), np.array(levels, dtype=np.int16))

@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 import random
@@ -16,8 +15,9 @@ from frugal.data.curation.pii import MaskPII
 from frugal.data.curation.pipeline import CurationConfig, curate, judge
 from frugal.data.curation.quality import Length
 from frugal.data.documents import Document, content_hash
-from frugal.data.packing import prepare, split_documents
+from frugal.data.packing import prepare
 from frugal.data.sources import KingJames, LocalText, Mixture, Source, WeightedSource
+from frugal.data.splits import split_documents
 from frugal.data.tokenization import TokenizerConfig
 from frugal.errors import UserError
 
@@ -188,24 +188,6 @@ def test_a_source_of_which_nothing_is_left(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="nothing is left of source b"):
         prepare(mixture, TokenizerConfig(300), 0.3, str(tmp_path), "hash", SIMPLE)
-
-
-@pytest.mark.parametrize("full_at", ["curated", "tokens"])
-def test_a_full_disk_leaves_nothing_to_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str) -> None:
-    def no_space(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    source = Listed(verses(60))
-    with monkeypatch.context() as patch:
-        if full_at == "curated":
-            patch.setattr(stage.pq, "write_table", no_space)
-        else:
-            patch.setattr("frugal.data.packing._write_tokens", no_space)
-        with pytest.raises(UserError, match=r"data\.cache_dir: cannot write .*No space left on device"):
-            prepare(source, TokenizerConfig(300), 0.1, str(tmp_path), "hash", SIMPLE)
-    left = [path.name for path in tmp_path.iterdir()]
-    assert left == [] if full_at == "curated" else [name.split("-")[0] for name in left] == ["curated"]  # not lost
-    assert prepare(source, TokenizerConfig(300), 0.1, str(tmp_path), "hash", SIMPLE).meta["train"]["documents"] > 0
 
 
 def test_a_document_of_many_megabytes_on_one_line(tmp_path: Path) -> None:

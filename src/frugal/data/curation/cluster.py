@@ -31,8 +31,9 @@ from frugal.data.curation.base import CorpusFilter, DocumentFilter, Drop, Measur
 from frugal.data.curation.pipeline import Account, Curated, CurationConfig, text_bytes
 from frugal.data.curation.stage import curated_folder, write_curated
 from frugal.data.documents import Document, as_document
-from frugal.data.packing import curation_key, is_held_out
+from frugal.data.packing import curation_key
 from frugal.data.sources import LocalText, Source
+from frugal.data.splits import is_held_out
 from frugal.errors import UserError
 
 log = logging.getLogger(__name__)

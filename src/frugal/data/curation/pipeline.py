@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -292,29 +291,6 @@ def run_chunk(
 def text_bytes(text: str) -> int:
     """Bytes of UTF-8."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
-@contextmanager
-def progress_bar(total: str = "curation") -> Iterator[Callable[[str, float], None]]:
-    """A rich progress bar on the terminal's error stream; nothing where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(total, total=1.0)
-
-        def show(name: str, share: float) -> None:
-            bar.update(task, description=name if len(name) < 40 else f"{name[:37]}...", completed=share)
-
-        yield show
 
 
 def measured_groups(documents: Iterable[Document], terms: dict[str, list[str]]) -> Iterator[list[tuple[str, str]]]:

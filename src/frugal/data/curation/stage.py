@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from frugal.data.cache import new_folder
-from frugal.data.curation.pipeline import Curated, CurationConfig, curate, progress_bar
+from frugal.data.curation.pipeline import Curated, CurationConfig, curate
 from frugal.data.curation.report import build_report, write_report
 from frugal.data.documents import Document
+from frugal.data.progress import progress_bar
 from frugal.errors import UserError
 
 log = logging.getLogger(__name__)
