@@ -69,6 +69,32 @@ def test_a_model_too_large_for_one_device_is_sharded() -> None:
     assert many.fits and many.strategy == "sharded"
 
 
+def test_what_devices_send_by_hand() -> None:
+    run = read_run(str(ROOT / "configs/model/llama2_7b.yaml"), 1e9)
+    n, rounds = 6_738_415_616, 2**22 // (4096 * 8)  # a step's micro-batches on each of 8 devices
+    row = replace(ROWS["a100-80gb"], link_gb_s=1.0)  # so slow that weights and gradients set the time
+    offer = make_offer(run, row, 8)
+    sent = (2 * rounds + 1) * 7 / 8 * n * 4  # gathered in float32 for each pass, summed once
+    assert offer.strategy == "sharded" and offer.sent_bytes == sent
+    assert offer.seconds == pytest.approx(run.steps * sent / 1e9 + 45) and offer.basis == "links at full speed"
+    fast = make_offer(run, replace(row, link_gb_s=1e9), 8)
+    assert fast.basis == "MFU 30% assumed" and fast.seconds and fast.seconds < offer.seconds
+    assert make_offer(run, replace(row, link_gb_s=None), 8).seconds == fast.seconds
+    assert make_offer(run, replace(row, network_gb_s=2.0), 16).seconds < offer.seconds  # beyond one machine
+    assert make_offer(run, row, 8, mfu=0.3).seconds == make_offer(run, replace(row, link_gb_s=0.1), 8, mfu=0.3).seconds
+    # Muon exchanges matrices, which a device waits for, and shares the work; copies would all do all of it.
+    muon = make_offer(replace(run, optimizer="Muon"), row, 8)
+    matrices = n - 2 * 32_000 * 4096 - 65 * 4096
+    assert muon.sent_bytes == sent + 2 * 7 / 8 * matrices / 8 * 4
+    known = [Calibration("t4", "32-true", 1e9, 0.0, 0.0, ("a",))]
+    small = replace(read_run(str(ROOT / "configs/base.yaml")), optimizer="Muon")
+    plain = replace(small, optimizer="AdamW")
+    for count in (1, 4):
+        t4 = replace(ROWS["t4"], link_gb_s=1e9)
+        seconds = [make_offer(which, t4, count, calibrations=known).seconds for which in (small, plain)]
+        assert seconds[0] - seconds[1] == pytest.approx(small.steps * small.optimizer_flops / 1e9 / count, rel=1e-4)
+
+
 def test_marks() -> None:
     def offer(seconds: float | None, dollars: float | None, fits: bool = True) -> Offer:
         memory = make_offer(read_run(str(ROOT / "configs/base.yaml")), ROWS["cpu"]).memory

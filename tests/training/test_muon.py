@@ -8,7 +8,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from frugal.errors import UserError
-from frugal.training.muon import Muon, orthogonalize, orthogonalize_flops
+from frugal.model.config import (
+    AttentionConfig,
+    LatentConfig,
+    MoEConfig,
+    SharingConfig,
+    TransformerConfig,
+    count_matrices,
+    muon_flops,
+    orthogonalize_flops,
+)
+from frugal.model.transformer import Transformer
+from frugal.training.muon import Muon, orthogonalize
 from frugal.training.optim import ParameterGroup, build_optimizer, parameter_groups, settings
 
 
@@ -86,6 +97,35 @@ def test_a_parameter_without_a_gradient_is_left_alone() -> None:
     assert still not in optimizer.state and vector not in optimizer.state
     still.requires_grad_(False)
     assert optimizer.flops() == orthogonalize_flops(4, 6)
+
+
+LATENT = LatentConfig(kv_lora_rank=6, q_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_mtp": 1, "tie_embeddings": True},
+        {"moe": None, "sharing": SharingConfig(n_blocks=2, rank=2)},
+        {
+            "attention": AttentionConfig(
+                n_heads=2,
+                latent=LatentConfig(
+                    kv_lora_rank=6, q_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4
+                ),
+            )
+        },
+    ],
+)
+def test_flops_from_the_config_are_those_of_the_built_model(changes: dict[str, Any]) -> None:
+    moe = MoEConfig(n_experts=4, top_k=2, d_expert=6, n_shared_experts=1, first_k_dense=1)
+    shape = {"vocab_size": 20, "d_model": 8, "n_layers": 4, "d_ff": 12, "attention": AttentionConfig(2, 1), "moe": moe}
+    config = TransformerConfig(**{**shape, **changes})
+    with torch.device("meta"):
+        optimizer = Muon(parameter_groups(Transformer(config)))
+    assert optimizer.flops() == muon_flops(config)
+    matrices = [p for group in optimizer.param_groups if group["matrix"] for p in group["params"]]
+    assert count_matrices(config) == sum(p.numel() for p in matrices)
 
 
 class Small(nn.Module):

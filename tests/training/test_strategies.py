@@ -19,12 +19,12 @@ from frugal.cli.checkpoint_card import checkpoint_card
 from frugal.cli.checkpoints import consolidate
 from frugal.cli.train import build
 from frugal.errors import UserError
+from frugal.model.config import orthogonalize_flops
 from frugal.model.parallelize import ParallelSizes
 from frugal.tracking.run_folder import RunFolder
 from frugal.training.checkpointing import checkpoint_file, good_checkpoint, read_checkpoint
 from frugal.training.checksums import META, damage, is_sealed
 from frugal.training.freezing import ExpertChoice, Prefix
-from frugal.training.muon import orthogonalize_flops
 from frugal.training.strategies import FSDP2Strategy
 
 OVERLAY = """

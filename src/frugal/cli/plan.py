@@ -126,6 +126,7 @@ def _print_plan(config: str, run: Any, rows: list[dict[str, Any]], calibrated: b
             "way",
             "peak memory",
             "fits",
+            "sent/step",
             "time",
             "device hours",
             "dollars",
@@ -140,6 +141,7 @@ def _print_plan(config: str, run: Any, rows: list[dict[str, Any]], calibrated: b
                 ways[row["strategy"]] + (", recompute" if row["checkpointing"] else ""),
                 gib(row["peak_bytes"]),
                 "yes" if row["fits"] else "no",
+                gib(row["sent_bytes_per_step"]) if row["devices"] > 1 and row["sent_bytes_per_step"] else "",
                 "?" if row["seconds"] is None else duration(row["seconds"]),
                 "?" if row["seconds"] is None else f"{row['device_hours']:,.4g}",
                 "?" if row["dollars"] is None else f"${row['dollars']:,.4g}",
@@ -151,8 +153,8 @@ def _print_plan(config: str, run: Any, rows: list[dict[str, Any]], calibrated: b
         ],
     )
     print(
-        "recompute: activation checkpointing, which this project's runs have no switch for yet. Dollars and watts: "
-        "configs/hardware.yaml, with sources; communication between devices is in the MFU."
+        "recompute: model.activation_checkpointing. Dollars, watts and links: configs/hardware.yaml, with sources; "
+        "weights and gradients travel while devices compute."
         + ("" if calibrated else " Better figures for this machine: frugal plan --calibrate RUN.")
     )
     if run.left_out:
@@ -189,7 +191,9 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
 
     table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+        column.justify = "right"
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     for row in rows:
         best = any(word in row for word in ("cheapest", "fastest", "cheapest, fastest", "Pareto"))
         table.add_row(*row, style="bold" if best else None)

@@ -18,6 +18,8 @@ from frugal.model.counts import (
     count_parameters,
     flops_per_token,
     kv_cache_bytes_per_token,
+    muon_flops,
+    orthogonalize_flops,
     state_memory,
 )
 from frugal.model.frozen_counts import Adapter, Frozen
@@ -40,6 +42,8 @@ __all__ = [
     "count_parameters",
     "flops_per_token",
     "kv_cache_bytes_per_token",
+    "muon_flops",
+    "orthogonalize_flops",
     "state_memory",
 ]
 

@@ -5,6 +5,7 @@ Imports neither torch nor the model; tests hold every figure against built model
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -113,12 +114,42 @@ def count_parameters(config: BlocksConfig) -> Counts:
     )
 
 
+def matrix_shapes(config: BlocksConfig) -> Counter[tuple[int, int]]:
+    """(inputs, outputs) of each matrix that Muon orthogonalizes: all but embeddings, output head and routers."""
+    found: Counter[tuple[int, int]] = Counter()
+
+    def add_layer(is_moe: bool) -> None:
+        found.update(_linears(config, is_moe)[0])
+        if config.moe and is_moe:
+            found[config.d_model, config.moe.d_expert] += 2 * config.moe.n_experts
+            found[config.moe.d_expert, config.d_model] += config.moe.n_experts
+
+    for layer, block in enumerate(config.layer_map):
+        if config.layer_map.index(block) == layer:
+            add_layer(config.is_moe(layer))
+        if (sharing := config.sharing) and sharing.rank and config.layer_map.count(block) > 1:
+            for i, o in _linears(config, config.is_moe(layer))[0]:
+                found.update([(i, sharing.rank), (sharing.rank, o)])
+    for _ in range(config.n_mtp):
+        add_layer(config.moe is not None)
+        found[2 * config.d_model, config.d_model] += 1
+    return found
+
+
 def count_matrices(config: BlocksConfig) -> int:
-    """Weights of all matrices but embeddings, output head and routers, stored: what Muon orthogonalizes."""
-    stored, ahead = _tally(config, unique=True), _mtp_tally(config)
-    mixtures = {block for layer, block in enumerate(config.layer_map) if config.is_moe(layer)}
-    routers = (len(mixtures) + config.n_mtp) * config.moe.n_experts * config.d_model if config.moe else 0
-    return stored.matrices + stored.idle + ahead.matrices + ahead.idle - routers
+    """Weights of the matrices that Muon orthogonalizes."""
+    return sum(inputs * outputs * n for (inputs, outputs), n in matrix_shapes(config).items())
+
+
+def orthogonalize_flops(rows: int, columns: int, steps: int = 5) -> int:
+    """FLOPs of `frugal.training.muon.orthogonalize` for one matrix: three products an iteration."""
+    short, long = min(rows, columns), max(rows, columns)
+    return steps * (4 * short * short * long + 2 * short**3)
+
+
+def muon_flops(config: BlocksConfig) -> int:
+    """FLOPs of Muon's orthogonalizations in a step, with nothing frozen."""
+    return sum(n * orthogonalize_flops(*shape) for shape, n in matrix_shapes(config).items())
 
 
 def _mtp_tally(config: BlocksConfig) -> _Tally:

@@ -23,6 +23,9 @@ class Hardware:
         dollars_per_hour: price of one device (or core) hour.
         memory_gib: device memory.
         bandwidth_gb_s: device memory bandwidth.
+        link_gb_s: what a device can send to others of its machine, and receive at the same time.
+        network_gb_s: the same to devices of other machines.
+        per_machine: devices of one machine.
         peak_tflops: dense matrix products by precision.
         source: where the figures come from.
         date: when they were looked up.
@@ -37,7 +40,15 @@ class Hardware:
     per_core: bool = False
     memory_gib: float | None = None
     bandwidth_gb_s: float | None = None
+    link_gb_s: float | None = None
+    network_gb_s: float | None = None
+    per_machine: int = 8
     peak_tflops: dict[str, float] = field(default_factory=dict)
+
+    def between(self, devices: int) -> float | None:
+        """Bytes a second that each of so many devices can send: the slowest link of their ring; None if unknown."""
+        link = self.link_gb_s if devices <= self.per_machine else self.network_gb_s
+        return link and link * 1e9
 
     def joules(self, seconds: float, units: int) -> float:
         """Estimated energy of `units` devices (or cores) over `seconds`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +10,9 @@ from typing import Any
 
 from frugal.model.config import count_parameters, flops_per_token
 from frugal.planning.calibration import Calibration
+from frugal.planning.communication import Traffic, bytes_per_step
 from frugal.planning.hardware import Hardware
-from frugal.planning.memory import Load, Memory, Strategy, training_memory
+from frugal.planning.memory import Load, Memory, Strategy, bytes_of, training_memory
 from frugal.planning.run_config import PlannedRun
 
 # Assumptions, where neither --mfu nor a calibration says better.
@@ -26,7 +28,10 @@ PEAKS = {"32-true": "float32", "16-mixed": "float16", "bf16-mixed": "bfloat16", 
 
 @dataclass(frozen=True)
 class Offer:
-    """One way to do a run. Seconds, dollars and joules are None where the row lacks a figure."""
+    """One way to do a run. Seconds, dollars and joules are None where the row lacks a figure.
+
+    `sent_bytes` is what each device sends to others in a step.
+    """
 
     hardware: str
     devices: int
@@ -38,6 +43,7 @@ class Offer:
     dollars: float | None
     joules: float | None
     basis: str
+    sent_bytes: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -57,6 +63,7 @@ class Offer:
             "activation_bytes": self.memory.activations + self.memory.logits,
             "room_bytes": self.room,
             "fits": self.fits,
+            "sent_bytes_per_step": self.sent_bytes,
             "seconds": self.seconds,
             "device_hours": hours,
             "dollars": self.dollars,
@@ -82,8 +89,8 @@ def make_offer(
 ) -> Offer:
     """Plan a run on `devices` of one row (cores, if the row counts these).
 
-    The first way that fits: replicated, sharded, sharded with experts in their places, each without and with
-    activation checkpointing; else the one that comes nearest.
+    The fastest way that fits: replicated, sharded, sharded with experts in their places, each without and with
+    activation checkpointing, the first of those that are equal; else the one that comes nearest.
 
     Args:
         mfu: share of the peak that the model's FLOPs achieve, all overheads included.
@@ -110,12 +117,12 @@ def make_offer(
         for strategy in (strategies if replicas > 1 else strategies[:1])
         for checkpointing in (False, True)
     ]
-    ways = [(way, training_memory(run.model, way)) for way in loads]
+    ways = [
+        (way, training_memory(run.model, way), *_seconds(run, row, devices, way, mfu, calibrations)) for way in loads
+    ]
     room = room_of(row)
-    way, memory = next(
-        ((way, memory) for way, memory in ways if memory.peak <= room), min(ways, key=lambda pair: pair[1].peak)
-    )
-    seconds, basis = _seconds(run, row, devices, way, mfu, calibrations)
+    fitting = [each for each in ways if each[1].peak <= room] or [min(ways, key=lambda each: each[1].peak)]
+    way, memory, seconds, basis = min(fitting, key=lambda each: each[2] or 0.0)
     if seconds is not None:
         seconds += extra_hours * 3600 / devices
     known = seconds is not None
@@ -130,7 +137,33 @@ def make_offer(
         row.dollars(seconds or 0.0, devices) if known else None,
         row.joules(seconds or 0.0, devices) if known else None,
         basis,
+        traffic(run, way).total,
     )
+
+
+def traffic(run: PlannedRun, load: Load) -> Traffic:
+    """What each device sends in a step. Experts in their places: over as many devices as divide their number."""
+    weight, operand, _ = bytes_of(load.precision)
+    n_experts = run.model.moe.n_experts if run.model.moe else 1
+    expert = math.gcd(load.devices, n_experts) if load.strategy == "expert" else 1
+    return bytes_per_step(
+        run.model,
+        "ddp" if load.strategy == "replicated" else "fsdp2",
+        load.micro_batch * load.seq_len,
+        data=load.devices // expert,
+        expert=expert,
+        accumulate=_rounds(run, load),
+        recompute=load.checkpointing,
+        muon=run.optimizer == "Muon",
+        weight_bytes=weight,
+        gradient_bytes=weight if load.strategy == "replicated" else 4,
+        activation_bytes=operand,
+    )
+
+
+def _rounds(run: PlannedRun, load: Load) -> int:
+    """Micro-batches of a step."""
+    return max(run.tokens_per_step // (load.micro_batch * load.seq_len * load.devices), 1)
 
 
 def _seconds(
@@ -139,10 +172,14 @@ def _seconds(
     """How long, and on what that rests."""
     measured = next((c for c in calibrations if (c.hardware, c.precision) == (row.name, run.precision)), None)
     flops = flops_per_token(run.model, run.seq_len)
+    work = run.flops
+    if load.strategy == "replicated":  # each copy orthogonalizes every matrix
+        work += (load.devices - 1) * run.steps * run.optimizer_flops
     if mfu is None and measured is not None:
         speed = measured.flops_per_second * devices
         validation = run.validations * measured.validation_tokens * flops.forward
-        return (run.flops + validation) / speed + measured.overhead_seconds, "measured"
+        steps, basis = _with_communication(run, row, load, work / speed, "measured")
+        return steps + validation / speed + measured.overhead_seconds, basis
     peak = row.peak_tflops.get(PEAKS.get(run.precision, ""))
     if peak is None:
         return None, f"no peak for {run.precision}"
@@ -153,18 +190,36 @@ def _seconds(
     if mfu is not None:
         return run.flops / speed + validation, f"MFU {mfu:.1%} as given"
     again = 1 + load.checkpointing * flops.forward / flops.training
-    seconds, basis = run.flops / speed * again + validation + OVERHEAD[row.per_core], f"MFU {MFU:.0%} assumed"
+    seconds, basis = work / speed * again, f"MFU {MFU:.0%} assumed"
     if not row.per_core:
         layers = run.model.n_layers + run.model.n_mtp
-        rounds = run.accumulate * max(run.tokens_per_step // (load.micro_batch * run.seq_len * load.devices), 1)
-        floor = rounds / run.accumulate * layers * LAUNCH * run.steps
-        if floor + OVERHEAD[row.per_core] > seconds:
-            seconds, basis = floor + OVERHEAD[row.per_core], "kernel launches, assumed"
+        floor = _rounds(run, load) * layers * LAUNCH * run.steps
+        if floor > seconds:
+            seconds, basis = floor, "kernel launches, assumed"
         if row.bandwidth_gb_s:
             parts = 1 if load.strategy == "replicated" else devices
-            traffic = STEP_BYTES * count_parameters(run.model).total / parts
-            seconds += run.steps * traffic / (row.bandwidth_gb_s * 1e9)
-    return seconds, basis
+            state = STEP_BYTES * count_parameters(run.model).total / parts
+            seconds += run.steps * state / (row.bandwidth_gb_s * 1e9)
+    seconds, basis = _with_communication(run, row, load, seconds, basis)
+    return seconds + validation + OVERHEAD[row.per_core], basis
+
+
+def _with_communication(run: PlannedRun, row: Hardware, load: Load, compute: float, basis: str) -> tuple[float, str]:
+    """Seconds of all steps, given those of their computation, and on what they rest.
+
+    Weights and gradients travel while a device computes, so the longer one counts; what a layer waits for (tokens to
+    experts and back, sums of tensor parallelism, matrices to orthogonalize) comes on top. Links are taken at their
+    full speed, which is the least that communication can take.
+    """
+    sent = traffic(run, load)
+    if not sent.total:
+        return compute, basis
+    speed = row.between(load.devices)
+    if speed is None:
+        return compute, f"{basis}; links unknown"
+    behind = run.steps * (sent.all_gather + sent.reduce_scatter + (load.strategy == "replicated") * sent.all_reduce)
+    waited = run.steps * sent.total - behind
+    return max(compute, behind / speed) + waited / speed, "links at full speed" if behind / speed > compute else basis
 
 
 def marks(offers: Sequence[Offer]) -> list[str]:

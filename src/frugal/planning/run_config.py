@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from frugal.errors import UserError
-from frugal.model.config import TransformerConfig, flops_per_token
+from frugal.model.config import TransformerConfig, flops_per_token, muon_flops
 from frugal.planning.model_card import is_run, overlaid, read_transformer
 
 
@@ -53,11 +53,16 @@ class PlannedRun:
         return self.steps * self.tokens_per_step
 
     @property
+    def optimizer_flops(self) -> int:
+        """Of a step's orthogonalizations, if the optimizer is Muon."""
+        return muon_flops(self.model) if self.optimizer == "Muon" else 0
+
+    @property
     def flops(self) -> float:
-        """Of the whole run's forward and backward passes, stage of lengths by stage."""
+        """Of the whole run on one device: forward and backward passes, stage of lengths by stage, and Muon's own."""
         stages = [(0, self.seq_len), *self.lengths]
         ends = [*(start for start, _ in stages[1:]), self.steps]
-        return sum(
+        return self.steps * self.optimizer_flops + sum(
             max(min(end, self.steps) - start, 0) * self.tokens_per_step * flops_per_token(self.model, length).training
             for (start, length), end in zip(stages, ends, strict=True)
         )

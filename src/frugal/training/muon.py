@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from frugal.model.config import orthogonalize_flops
 from frugal.model.linear import local
 from frugal.training.clipping import gradients
 from frugal.training.exchange import layout
@@ -42,12 +43,6 @@ def orthogonalize(x_NRC: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x.mT if tall else x).to(x_NRC.dtype)
-
-
-def orthogonalize_flops(rows: int, columns: int, steps: int = 5) -> int:
-    """FLOPs of `orthogonalize` for one matrix: three products an iteration."""
-    short, long = min(rows, columns), max(rows, columns)
-    return steps * (4 * short * short * long + 2 * short**3)
 
 
 class Muon(torch.optim.Optimizer):
