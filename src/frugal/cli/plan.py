@@ -198,7 +198,7 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
         best = any(word in row for word in ("cheapest", "fastest", "cheapest, fastest", "Pareto"))
         table.add_row(*row, style="bold" if best else None)
     console = Console()
-    Console(width=None if console.is_terminal else 170).print(table)
+    Console(width=None if console.is_terminal else 190).print(table)
 
 
 def with_experiment(arguments: list[str]) -> list[str]:

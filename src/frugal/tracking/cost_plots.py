@@ -13,10 +13,16 @@ GREY, GREEN = "#999999", "#009E73"
 
 
 def offers_figure(rows: list[dict[str, Any]], title: str) -> Figure:
-    """Time against dollars of each way to do a run (rows of `frugal plan --json`); the Pareto set is joined."""
+    """Time against dollars of each way to do a run (rows of `frugal plan --json`); the Pareto set is joined.
+
+    What does not fit into memory is shown only where nothing does.
+    """
     figure = new_figure(figsize=(8, 5.5))
     axis = figure.subplots()
-    rows = [row for row in rows if row["seconds"] is not None and row["dollars"] is not None]
+    priced = [row for row in rows if row["seconds"] is not None and row["dollars"] is not None]
+    rows = [row for row in priced if row["fits"]] or priced
+    if left := len(priced) - len(rows):
+        title += f"\n({left} more do not fit into memory)"
     best = sorted((row for row in rows if row["mark"]), key=lambda row: row["seconds"])
     longest = max((row["seconds"] for row in rows), default=1.0)
     unit, size = next(
@@ -44,8 +50,9 @@ def offers_figure(rows: list[dict[str, Any]], title: str) -> Figure:
         axis.annotate(
             name + note,
             (row["seconds"] / size, row["dollars"]),
-            xytext=(8, _free_height(row, labelled)),
+            xytext=(0, -12) if row["mark"] else (8, _free_height(row, labelled)),
             textcoords="offset points",
+            ha="center" if row["mark"] else "left",
             va="center",
             fontsize="small",
             color="black" if row["fits"] else GREY,
