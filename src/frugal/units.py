@@ -5,7 +5,16 @@ from __future__ import annotations
 
 def short(value: float, unit: str = "") -> str:
     """Four significant digits with a decimal prefix: 3868928 -> '3.869M'."""
-    for factor, prefix in ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, prefix in (
+        (1e24, "Y"),
+        (1e21, "Z"),
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+    ):
         if abs(value) >= factor:
             return f"{value / factor:.4g}{' ' if unit else ''}{prefix}{unit}"
     return f"{value:.4g}{' ' + unit if unit else ''}"

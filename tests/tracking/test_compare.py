@@ -21,7 +21,10 @@ def run(name: str, config: dict | None = None, rows: list[dict] | None = None) -
 def test_only_what_differs_is_shown() -> None:
     a = run("a", {"model": {"init_args": {"d": 1, "moe": None}}, "run": {"name": "a"}, "seed": 1})
     b = run("b", {"model": {"init_args": {"d": 2, "moe": {"k": 2}}}, "run": {"name": "b"}, "seed": 1})
-    assert config_differences([a, b]) == {"model.d": [1, 2], "model.moe": [None, "-"], "model.moe.k": ["-", 2]}
+    assert config_differences([a, b]) == {"model.d": [1, 2], "model.moe": [None, "set"]}
+    c = run("c", {"model": {"init_args": {"d": 2, "moe": {"k": 3}}}, "seed": 1})
+    assert config_differences([a, b, c])["model.moe.k"] == ["-", 2, 3]
+    assert config_differences([b, c]) == {"model.moe.k": [2, 3]}
 
 
 def test_a_validation_costs_what_stands_in_the_training_row_at_or_after_it() -> None:

@@ -39,14 +39,20 @@ def test_run_names_are_safe_for_folders_and_shells() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(3868928, "3.869M"), (999, "999"), (0.5, "0.5"), (1.426e12, "1.426T"), (2e18, "2E"), (3.707e24, "3.707Y")]
+    ("value", "text"),
+    [(3868928, "3.869M"), (999, "999"), (0.5, "0.5"), (1.426e12, "1.426T"), (2e18, "2E"), (3.707e24, "3.707Y")],
 )
 def test_short_numbers(value: float, text: str) -> None:
     assert short(value) == text
 
 
 def test_durations() -> None:
-    assert [duration(s) for s in (5.26, 61, 3600 * 2 + 185, 4.9e6)] == ["5.3 s", "1 min 01 s", "2 h 03 min", "56 d 17 h"]
+    assert [duration(s) for s in (5.26, 61, 3600 * 2 + 185, 4.9e6)] == [
+        "5.3 s",
+        "1 min 01 s",
+        "2 h 03 min",
+        "56 d 17 h",
+    ]
 
 
 def test_the_card_shows_what_the_summary_holds() -> None:

@@ -31,9 +31,25 @@ INCIDENTAL = (
 
 
 def config_differences(runs: Sequence[RunData]) -> dict[str, list[Any]]:
-    """Keys whose values are not the same in all runs, with each run's value; `-` where a run has no such key."""
+    """Keys whose values are not the same in all runs, with each run's value; `-` where a run has no such key.
+
+    A section that only some runs have (an architecture's mixture, say) is one line: `set`, or what stands in its place.
+    """
     keys = sorted(set().union(*(run.config for run in runs)))
-    table = {key: [run.config.get(key, "-") for run in runs] for key in keys}
+    sections = [key for key in keys if any(other.startswith(f"{key}.") for other in keys)]
+
+    def value(run: RunData, key: str) -> Any:
+        inside = any(other.startswith(f"{key}.") for other in run.config)
+        return "set" if inside and key not in run.config else run.config.get(key, "-")
+
+    kept = [key for key in keys if not key.startswith(tuple(f"{section}." for section in sections))]
+    table = {key: [value(run, key) for run in runs] for key in kept}
+    for section in sections:  # of the runs that have it, what differs among these
+        having = [run for run in runs if value(run, section) == "set"]
+        inner = sorted(key for key in set().union(*(run.config for run in having)) if key.startswith(f"{section}."))
+        for key in inner:
+            if len({str(run.config.get(key, "-")) for run in having}) > 1:
+                table[key] = [run.config.get(key, "-") for run in runs]
     return {
         key: values
         for key, values in table.items()

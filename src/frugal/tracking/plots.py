@@ -101,7 +101,7 @@ def plan_figure(plan: Any, rates: list[float], names: list[str], title: str) -> 
     hard.legend(loc="lower right")
     length.step(plan.steps, plan.seq_len, where="post", color="black", linewidth=1)
     length.set(ylabel="tokens per\nsequence", ylim=(0, None))
-    mixture.stackplot(plan.steps, plan.shares.T, labels=names, alpha=0.8)
+    mixture.stackplot(plan.steps, plan.shares.T, labels=names, colors=OKABE_ITO, alpha=0.8)
     mixture.set(ylabel="share of\nsequences", ylim=(0, 1))
     mixture.legend(loc="upper right", fontsize="small")
     rate.plot(plan.steps, rates, color="black", linewidth=1)

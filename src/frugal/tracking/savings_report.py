@@ -63,7 +63,10 @@ def forest_figure(title: str, findings: Sequence[Finding], reference: str, margi
         panel.set(
             xscale="log", xlim=(low, high), xlabel=" = ".join(LABELS[a] for a in group) + f"\n/ those of {reference}"
         )
-        ticks = [t for t in (0.1, 0.2, 0.25, 0.33, 0.5, 0.7, 0.8, 1, 1.25, 1.5, 2, 3, 4, 6, 10) if low <= t <= high]
+        between = (0.9, 1.1) if high < 2 * low else ()
+        ticks = [
+            t for t in (*between, 0.1, 0.2, 0.25, 0.33, 0.5, 0.7, 0.8, 1, 1.25, 1.5, 2, 3, 4, 6, 10) if low <= t <= high
+        ]
         panel.set_xticks(ticks, [f"{t:g}" for t in ticks], rotation=45 if len(ticks) > 6 else 0)
         panel.set_xticks([], minor=True)
         panel.grid(axis="x", alpha=0.3)
