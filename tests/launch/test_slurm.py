@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 
 from frugal.cli.verbs import main
 from frugal.errors import UserError
-from frugal.launch.jobs import Job, all_jobs
-from frugal.launch.slurm import Cluster, load_cluster
+from frugal.launch.jobs import Job, all_jobs, jobs_for
+from frugal.launch.slurm import Cluster, load_cluster, planned_hours
 from frugal.launch.state import state_of
+from frugal.planning.hardware import choose_hardware, load_hardware
+from frugal.planning.offers import OVERHEAD, make_offer
+from frugal.planning.run_config import read_run
 from frugal.tracking.run_folder import read_lines
 
 ROOT = Path(__file__).parents[2]
@@ -142,12 +146,29 @@ def test_parameters_follow_the_cluster_and_the_priority() -> None:
     assert Cluster().parameters(5, None)["additional_parameters"] == {"requeue": True}
 
 
+def test_the_time_limit_is_taken_from_the_plan(project: Path) -> None:
+    def jobs(*options: str) -> list[Job]:
+        return jobs_for(["tiny.yaml"], seeds=[1, 2], options=["--model.compile", "true", *options])
+
+    cluster = Cluster(hardware="cpu", cpus_per_task=4, hours=3)
+    short = planned_hours(jobs(), cluster)
+    long = planned_hours(jobs("--trainer.max_steps=20_000_000", "--data.batch_size", "8"), replace(cluster, hours=1e6))
+    plan = make_offer(read_run("tiny.yaml"), choose_hardware(load_hardware("configs/hardware.yaml"), "", "cpu"), 4)
+    assert plan.seconds and short == pytest.approx(1.5 * plan.seconds / 3600 + 1 / 6)
+    at_work = (plan.seconds - OVERHEAD[True]) * 2 * 20_000_000 / 12
+    assert long == pytest.approx(1.5 * (at_work + OVERHEAD[True]) / 3600 + 1 / 6)
+    assert planned_hours(jobs("--trainer.max_steps", "200000000"), cluster) == 3  # the most that is allowed
+    assert planned_hours(jobs(), Cluster()) is None
+    assert planned_hours(jobs_for(["configs/experiments/003_hf_model.yaml"]), cluster) is None
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
         ("nodez: 1", "there is no key nodez; known are nodes,"),
         ("nodes: two", "nodes: expected int, got 'two'"),
         ("hours: -1", "hours: expected float, got -1"),
+        ("hardware: 8", "hardware: expected str | None, got 8"),
         ("setup: module load", "setup: expected list"),
     ],
 )

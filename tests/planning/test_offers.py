@@ -44,6 +44,8 @@ def test_the_default_run_counts_as_the_meter_counted_it(project: Path) -> None:
     run = read_run("configs/base.yaml")
     assert (run.steps, run.tokens, run.validations, run.optimizer) == (5600, 5_734_400, 8, "AdamW")
     assert run.flops == pytest.approx(22.37e12, rel=1e-3)  # as on the card in the README
+    tiny = read_run("tiny.yaml")  # which leaves `init_args` out
+    assert (tiny.steps, tiny.seq_len, tiny.model.vocab_size, tiny.model.d_model) == (12, 16, 300, 16)
     short = read_run("configs/experiments/021_short_first.yaml")
     stages = ((350, 64), (350, 128), (700, 256))  # as many tokens per step throughout
     assert short.lengths == ((0, 64), (350, 128), (700, 256)) and short.tokens == 1400 * 1024

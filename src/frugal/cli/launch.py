@@ -69,7 +69,8 @@ def slurm(
         cluster: a file of configs/cluster/.
         seeds: one run of each experiment per seed.
         grid: values to try, in every combination: key=value,value.
-        hours: time limit; the cluster's file has one, too. A run that reaches it is requeued and goes on.
+        hours: time limit; else half as much again as `frugal plan` says for the hardware in the cluster's file, at most
+            the hours there. A run that reaches it is requeued and goes on.
         priority: chooses partition or QOS by the cluster's file.
         retries: how often a run that crashes goes on from its last checkpoint.
         options: for train.py fit; all that stands behind --.

@@ -17,6 +17,7 @@ import yaml
 
 from frugal.errors import UserError
 from frugal.launch.snapshot import take_snapshot
+from frugal.planning.model_card import overlaid
 from frugal.tracking.run_folder import RunConfig, RunFolder, new_run, read_lines
 
 STOPPED = 75  # exit code of a run that was told to stop, saved its state and wants to be continued (EX_TEMPFAIL)
@@ -176,6 +177,23 @@ def _run_of(layers: Sequence[Path], options: Sequence[str]) -> RunConfig:
         if match := re.fullmatch(r"--run\.name(?:=(.*))?", word, re.DOTALL):
             found["name"] = following if match[1] is None else match[1]
     return RunConfig(**{key: found[key] for key in ("name", "root") if key in found})
+
+
+def config_of(job: Job) -> dict[str, Any]:
+    """What the job's layers and options come to, key by key; nothing is checked."""
+    whole = yaml.safe_load((job.place / "code/configs/base.yaml").read_text(encoding="utf-8"))
+    words = [part for word in job.options for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    options = [(word[2:], value) for word, value in itertools.pairwise(words) if word.startswith("--")]
+    for key, value in options:
+        if key == "config":
+            whole = overlaid(whole, yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {})
+    for key, value in options:
+        if key != "config":
+            above = yaml.safe_load(value)
+            for part in reversed(key.split(".")):
+                above = {part: above}
+            whole = overlaid(whole, above)
+    return whole
 
 
 def steps_of(job: Job) -> tuple[int, dict[str, float]]:

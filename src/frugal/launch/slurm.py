@@ -22,8 +22,12 @@ from typing import Any
 import yaml
 
 from frugal.errors import UserError
-from frugal.launch.jobs import REFUSED, STOPPED, Job, load_job
+from frugal.launch.jobs import REFUSED, STOPPED, Job, config_of, load_job
 from frugal.launch.state import note
+from frugal.planning.calibration import recall
+from frugal.planning.hardware import choose_hardware, load_hardware
+from frugal.planning.offers import make_offer
+from frugal.planning.run_config import read_run
 
 TOLD = (STOPPED, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2)  # the last three: before it had begun to train
 
@@ -38,7 +42,8 @@ class Cluster:
         cpus_per_task: CPU cores of each process.
         gpus_per_node: GPUs on each machine.
         mem_gb: memory of each machine, GB.
-        hours: time limit, if none is given with the launch.
+        hours: time limit, if none is given with the launch; with `hardware`, the most that a plan may ask for.
+        hardware: which row of configs/hardware.yaml its GPUs (or cores) are: the time limit is then taken from a plan.
         warning_seconds: how long before the time limit a run is told to save its state.
         at_once: elements of an array that run at the same time.
         setup: lines of shell before the run: modules, environments.
@@ -52,6 +57,7 @@ class Cluster:
     gpus_per_node: int = 0
     mem_gb: float | None = None
     hours: float = 24.0
+    hardware: str | None = None
     warning_seconds: int = 120
     at_once: int = 256
     setup: list[str] = field(default_factory=list)
@@ -95,7 +101,9 @@ def load_cluster(path: Path) -> Cluster:
     for key, value in content.items():
         if key not in fields:
             raise UserError(f"cluster: {path}: there is no key {key}; known are {', '.join(fields)}")
-        kind = {"int": int, "float": (int, float), "list[str]": list}.get(str(fields[key]), (dict, int, float))
+        kind = {"int": int, "str | None": str, "float": (int, float), "list[str]": list}.get(
+            str(fields[key]), (dict, int, float)
+        )
         if not isinstance(value, kind) or (isinstance(value, int | float) and value < 0):  # type: ignore[arg-type]
             raise UserError(f"cluster: {path}: {key}: expected {fields[key]}, got {value!r}")
     return Cluster(**content)
@@ -148,6 +156,34 @@ class TrainingRun:
             ).returncode
 
 
+def planned_hours(jobs: Sequence[Job], cluster: Cluster) -> float | None:
+    """Time limit of an array by the plans of its jobs: the longest one and half as much again, and ten minutes.
+
+    None where that cannot be said: the cluster's file names no hardware, or a run is of a kind that is not planned for.
+    A run that takes longer is requeued and goes on.
+
+    Raises:
+        UserError: there is no such row in configs/hardware.yaml.
+    """
+    if cluster.hardware is None:
+        return None
+    row = choose_hardware(load_hardware("configs/hardware.yaml"), "", cluster.hardware)
+    assert row is not None
+    devices = cluster.nodes * cluster.tasks_per_node * (cluster.cpus_per_task if row.per_core else 1)
+    longest = 0.0
+    for job in jobs:
+        file = job.place / "planned.yaml"
+        file.write_text(yaml.safe_dump(config_of(job)), encoding="utf-8")
+        try:
+            seconds = make_offer(read_run(str(file)), row, devices, calibrations=recall()).seconds
+        except UserError:
+            return None
+        if seconds is None:
+            return None
+        longest = max(longest, seconds)
+    return min(cluster.hours, 1.5 * longest / 3600 + 1 / 6)
+
+
 def submit(jobs: Sequence[Job], cluster: Cluster, hours: float | None = None, retries: int = 2) -> list[Job]:
     """Submit jobs of one priority as an array (a single one as such); returns them with Slurm's numbers.
 
@@ -156,6 +192,7 @@ def submit(jobs: Sequence[Job], cluster: Cluster, hours: float | None = None, re
     """
     import submitit
 
+    hours = planned_hours(jobs, cluster) if hours is None else hours
     if shutil.which("sbatch") is None:
         raise UserError("launch: no sbatch here; run on a machine of the cluster, or use `frugal launch local`")
     folder = jobs[0].folder.parent.parent / ".queue/slurm"
