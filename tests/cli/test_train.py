@@ -118,11 +118,15 @@ ADAPTIVE = (
     *("--data.adaptive.every", "2", "--data.adaptive.lead", "2"),
 )
 
-AUGMENTED = """[
+AUGMENTED = (
+    "--data.transforms",
+    """[
   {class_path: frugal.data.transforms.text.FillInTheMiddle, init_args: {probability: {value: 0.5, ramp_in: 6}}},
   {class_path: frugal.data.transforms.rewriting.BpeDropout, init_args: {probability: {value: 0.5, stop: 9}}},
   {class_path: frugal.data.transforms.text.TokenMask},
-]"""
+]""",
+)
+DROPOUT = ("--model.lora", "{rank: 2, dropout: 0.2}")
 
 
 @pytest.mark.slow
@@ -137,17 +141,17 @@ AUGMENTED = """[
             "step 7",
             (
                 *("--data.curriculum.difficulty", "compressibility", "--data.curriculum.steps", "8"),
-                *("--data.lengths", "[{start: 0, seq_len: 8}, {start: 6, seq_len: 16}]", "--data.num_workers", "2"),
+                *("--data.lengths", "[{start: 0, seq_len: 8}, {start: 6, seq_len: 16}]"),
                 *("--data.source.class_path", "Mixture", "--data.source.sources", json.dumps(TWO_SOURCES)),
                 *("--data.mixture", "[{start: 0, weights: {a: 1}}, {start: 6, weights: {a: 1, b: 3}}]"),
+                *(*AUGMENTED, *DROPOUT, "--data.num_workers", "2"),
             ),
         ),
         (
             "step 7",
             ("--trainer.accumulate_grad_batches", "2", "--data.num_workers", "1", "--trainer.val_check_interval", "8"),
         ),
-        ("step 7", ("--data.transforms", AUGMENTED, "--data.num_workers", "1")),
-        ("step 5", (*ADAPTIVE, "--data.adaptive.lead", "4", "--data.num_workers", "1")),
+        ("step 5", (*ADAPTIVE, *AUGMENTED, *DROPOUT, "--data.adaptive.lead", "4", "--data.num_workers", "1")),
     ],
     ids=str,
 )

@@ -42,7 +42,17 @@ def sent(received: Received, operation: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_an_online_run_sends_metrics_group_tags_and_artifacts(server: Received, project: Path) -> None:
     shutil.copy(ROOT / "train.py", project)
-    options = ["--run.group", "a-study", "--run.tags", "[study, arm]", "--run.upload_checkpoint", "true"]
+    filters = "[{class_path: frugal.data.curation.normalise.NormaliseUnicode}]"
+    options = [
+        "--data.curation.filters",
+        filters,
+        "--run.group",
+        "a-study",
+        "--run.tags",
+        "[study, arm]",
+        "--run.upload_checkpoint",
+        "true",
+    ]
     command = [sys.executable, "train.py", "fit", "--config", "tiny.yaml", "--run.wandb", "online", *options]
     said = start(server, *command)
     assert "W&B logging stopped" not in said
@@ -52,6 +62,9 @@ def test_an_online_run_sends_metrics_group_tags_and_artifacts(server: Received, 
     rows = server.history()
     keys = set().union(*(row.keys() for row in rows))
     assert set(metric_names()) <= keys
+    (curation,) = (row["data/curation_filters"] for row in rows if "data/curation_filters" in row)
+    assert curation["_type"] == "table-file" and curation["nrows"] == 1
+    assert any(row.get("data/curation", {}).get("_type") == "image-file" for row in rows)
     key = "val/bits_per_byte"
     logged = [row[key] for row in read_lines(folder / "metrics.jsonl") if key in row]
     assert [row[key] for row in rows if key in row] == pytest.approx(logged)

@@ -121,10 +121,12 @@ def digits(project: Path, train: Callable[..., Path]) -> Callable[..., Path]:
     return train
 
 
-def test_a_run_leaves_what_a_run_on_text_leaves(digits: Callable[..., Path]) -> None:
-    folder = digits(
-        "fit", "--freezing.prefix.layers", "1", "--freezing.prefix.start", "6", "--expert_bias.rate", "0.01"
-    )
+def test_a_run_leaves_what_a_run_on_text_leaves(digits: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    freezing = ("--freezing.prefix.layers", "1", "--freezing.prefix.start", "6")
+    folder = digits("fit", *freezing, "--expert_bias.rate", "0.01", "--data.curation", "{}", "--run.wandb", "offline")
+    assert "W&B logging stopped" not in caplog.text
+    for sent in ("table/data/curation_filters_*.json", "images/data/curation_*.png"):
+        assert list(folder.glob(f"wandb/offline-run-*/files/media/{sent}")), sent
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["loss_unit"] == "image" and summary["tokens_seen"] == 12 * 8 * 16
     assert 0 <= summary["val_accuracy"] <= 1 and 0 <= summary["test_accuracy"] <= 1 and summary["test_loss"] > 0

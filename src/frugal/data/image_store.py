@@ -85,7 +85,7 @@ def prepare_images(
     if not (folder / "meta.json").is_file():
         with new_folder(folder, "meta.json") as temporary:
             _prepare(source, image_size, channels, n_classes, val_fraction, max_pixels, curation, temporary)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8")) | {"fingerprint": fingerprint}
     pixels = np.memmap(folder / "images.bin", np.uint8, "r", shape=tuple(meta["shape"]))
     labels, splits = np.load(folder / "labels.npy"), np.load(folder / "splits.npy")
     return PreparedImages(pixels, labels, splits, meta["class_names"], folder, fingerprint, meta)
