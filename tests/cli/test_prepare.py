@@ -28,11 +28,11 @@ def test_it_draws_and_trains_nothing(
     main(["prepare", "easy.yaml", "--out", "seen.png"])
     out = capsys.readouterr().out
     assert (
-        "text.txt: 9," in out
-        and "100% of the sequences at first" in out
-        and "sequences of 8 tokens at first, 16" in out
+        "text.txt: 9," in out and "100% of the samples at first" in out and "8 tokens per sequence at first, 16" in out
     )
     assert (project / "seen.png").read_bytes().startswith(b"\x89PNG") and not list((project / "runs").rglob("*"))
+    main(["prepare", str(Path("configs/experiments/103_progressive_resizing.yaml")), "--out", "digits.png"])
+    assert "14 pixels of a side at first, 28 at last" in capsys.readouterr().out and Path("digits.png").is_file()
     for arguments, message in (
         (["easy.yaml", "--out", "seen.txt"], "out: seen.txt must end in"),
         (["nowhere.yaml"], "nowhere.yaml"),
@@ -56,9 +56,11 @@ def test_the_plan_is_what_the_sequences_say() -> None:
     )
     plan = plan_of(data, difficulty, "rarity", 100, points=10, samples=40)
     assert plan.steps.tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
-    assert plan.seq_len.tolist() == [4, 4, 4, 8, 8, 8, 8, 8, 8, 8]
+    assert plan.size.tolist() == [4, 4, 4, 8, 8, 8, 8, 8, 8, 8]
     assert plan.shares[0].tolist() == [1, 0] and 0.2 < plan.shares[8][1] < 0.8
     assert plan.difficulty[0, 2] < 30 and plan.difficulty[-1, 1] > 30  # the pool grew
+    assert data.size_at(29) == 4 and plan.size_name == "tokens per sequence"
+    assert plan_of(data, difficulty, "rarity", 50, points=5, samples=200).shares.tolist() == [[1, 0]] * 5
     assert plan.epochs == pytest.approx(mixer.drawn_before(400) / 100)
     assert sum(mixer.drawn_before(400)) == 400 and mixer.drawn_before(200).tolist() == [200, 0]
 

@@ -82,9 +82,9 @@ def test_two_ranks_see_the_halves_of_one_stream(cache: Path) -> None:
 
 def test_an_epoch_has_every_training_image_once(cache: Path) -> None:
     data = module(cache, {"max_steps": 20, "accumulate_grad_batches": 1}, n_train=120)
-    rows = [data.training_images.locate(i) for i in range(120)] if batches(data) else []
+    rows = [data.training_data.locate(i) for i in range(120)] if batches(data) else []
     assert sorted(rows) == list(range(120))
-    assert rows != [data.training_images.locate(i) for i in range(120, 240)]
+    assert rows != [data.training_data.locate(i) for i in range(120, 240)]
 
 
 def test_pixels_and_labels_are_those_of_the_source(cache: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_curriculum_begins_with_the_images_that_neighbours_find_easy(cache: Pa
     rows = data._rows(data.prepared)
     loss = reference.score(np.asarray(data.prepared.images[rows]), data.prepared.labels[rows], 10)
     data.train_dataloader()
-    drawn = np.array([data.training_images.locate(i) for i in range(8 * 12)])
+    drawn = np.array([data.training_data.locate(i) for i in range(8 * 12)])
     early, late = loss[drawn[: 4 * 12]], loss[drawn[4 * 12 :]]
     assert early.max() <= np.quantile(loss, 0.21) and late.max() > np.quantile(loss, 0.5)
     assert data.seconds_by_stage["difficulty"] > 0 and data.charged_seconds >= data.seconds_by_stage["difficulty"]
@@ -160,8 +160,8 @@ def test_an_adaptive_curriculum_draws_bands(cache: Path) -> None:
     iterator = iter(data.train_dataloader())
     first = [next(iterator) for _ in range(4)]
     assert all(batch["groups"].max() < 3 for batch in first)
-    score = data._difficulty()[0]
-    easy = [data.training_images.locate(i) for i in range(24) if data.training_images.mixer.locate(i)[0] == 0]  # type: ignore
+    (score,) = data.difficulty_of_samples("compressibility")
+    easy = [data.training_data.locate(i) for i in range(24) if data.training_data.mixer.locate(i)[0] == 0]  # type: ignore
     assert score[easy].max() <= np.quantile(score, 0.4)
 
 

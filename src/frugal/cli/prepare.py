@@ -8,14 +8,13 @@ def prepare(experiment: str, out: str = "plan.png", points: int = 100) -> None:
 
     Args:
         experiment: a file of configs/experiments/, or configs/base.yaml.
-        out: picture to write: difficulty, sequence length, mixture and learning rate over the steps.
+        out: picture to write: difficulty, size of a sample, mixture and learning rate over the steps.
         points: windows along the run that are looked at.
     """
     import logging
     from pathlib import Path
 
     from frugal.cli.train import build
-    from frugal.data.datamodule import TextDataModule
     from frugal.data.plan import plan_of
     from frugal.errors import UserError, require
     from frugal.planning.hints import late_curriculum
@@ -25,8 +24,6 @@ def prepare(experiment: str, out: str = "plan.png", points: int = 100) -> None:
     require(Path(out).suffix in (".png", ".svg", ".pdf"), f"out: {out} must end in .png, .svg or .pdf")
     made = build(["fit", "--config", experiment, "--trainer.logger", "false"])
     data, steps = made.datamodule, made.trainer.max_steps
-    if not isinstance(data, TextDataModule):
-        raise UserError(f"experiment: {experiment} trains on {type(data).__name__}; only text can be drawn")
     data.trainer = made.trainer
     data.prepare_data()
     data.setup("fit")
@@ -34,28 +31,29 @@ def prepare(experiment: str, out: str = "plan.png", points: int = 100) -> None:
     if data.adaptive:
         data.adaptive.assume_unchanged()
         print("data.adaptive: decided from measured losses as the run goes; drawn are the usual shares")
-    kind, reference = data.wanted_difficulty() or ("rarity", None)
-    plan = plan_of(data.training_sequences, data.difficulty_of_sequences(kind, reference), kind, steps, points)
+    plain, unit = {"text": ("rarity", "tokens"), "images": ("compressibility", "images")}[data.gives]
+    kind, reference = data.wanted_difficulty() or (plain, None)
+    plan = plan_of(data.training_data, data.difficulty_of_samples(kind, reference), kind, steps, points)
     shares = data.adaptive.shares_at(0) if data.adaptive and data.adaptive.bands else {}
     schedule = made.model.schedule
     rates = [schedule.factor(step, steps) for step in plan.steps.tolist()]
     assert data.prepared is not None
-    parts = data.prepared.parts
-    for part, epochs, first, last in zip(parts, plan.epochs, plan.shares[0], plan.shares[-1], strict=True):
+    ends = zip(data.sizes.items(), plan.epochs, plan.shares[0], plan.shares[-1], strict=True)
+    for (name, (train, val)), epochs, first, last in ends:
         print(
-            f"{part.name}: {len(part.train):,} training and {len(part.val):,} validation tokens, "
-            f"{first:.0%} of the sequences at first, {last:.0%} at last, {epochs:.2f} epochs"
+            f"{name}: {train:,} training and {val:,} validation {unit}, "
+            f"{first:.0%} of the samples at first, {last:.0%} at last, {epochs:.2f} epochs"
         )
     for name, share in shares.items():
-        print(f"{name}: {share:.0%} of the sequences")
+        print(f"{name}: {share:.0%} of the samples")
     print(
         f"{kind} (median): {plan.difficulty[0, 1]:.4g} at step 0, {plan.difficulty[-1, 1]:.4g} at step "
-        f"{plan.steps[-1]}; sequences of {plan.seq_len[0]} tokens at first, {plan.seq_len[-1]} at last"
+        f"{plan.steps[-1]}; {plan.size[0]} {plan.size_name} at first, {plan.size[-1]} at last"
     )
     if data.curriculum and (hint := late_curriculum(data.curriculum.steps, steps, schedule.factor)):
         logging.getLogger("frugal").warning(hint)
     title = f"What {made.run_config.name} will see"
-    figure = plan_figure(plan, rates, [part.name for part in parts], title)
+    figure = plan_figure(plan, rates, list(data.sizes), title)
     try:
         figure.savefig(out)
     except OSError as error:

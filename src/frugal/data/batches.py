@@ -52,6 +52,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         grouped: whether batches say which of the mixer's groups each sequence is from.
     """
 
+    size_name = "tokens per sequence"
+
     def __init__(
         self,
         tokens: np.ndarray,
@@ -100,6 +102,20 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         """Where sequence `index` begins in the stream."""
         return self.locate(index)[1]
 
+    def scored(self, index: int) -> tuple[int, int]:
+        """Part of sequence `index`, and which of the part's scored sequences it overlaps most (cuts move by epoch)."""
+        part, start = self.locate(index)
+        return part, min(round((start - self.parts[part][0]) / self.seq_len), self.per_epoch[part] - 1)
+
+    def size_at(self, step: int) -> int:
+        """Tokens per sequence."""
+        return length_at(self.lengths, self.seq_len, step)
+
+    def epochs(self, drawn: int) -> np.ndarray:
+        """How often the first `drawn` samples go through each part, [parts]."""
+        counts = self.mixer.drawn_before(drawn) if self.mixer and self.bands is None else np.array([drawn])
+        return counts / np.array(self.per_epoch)
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.__getitems__([index])
 
@@ -109,7 +125,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         In a stage of shorter sequences it is [B n, T / n]: as many tokens. With `grouped`, also `groups` [B].
         """
         batch = self._full_length(indices)
-        length = length_at(self.lengths, self.seq_len, self.clock.at(indices[0]))
+        length = self.size_at(self.clock.at(indices[0]))
         if length != self.seq_len:
             batch = {name: x.reshape(-1, length) for name, x in batch.items()}
         if self.grouped and self.mixer:

@@ -157,7 +157,7 @@ class TextDataModule(SteppedData):
         mixer = self._mixer() if len(parts) > 1 else None
         if self.adaptive:
             mixer = self.adaptive.start(self._clock, self.trainer.max_steps, self.seed)
-        self.training_sequences = TrainingSequences(
+        self.training_data = TrainingSequences(
             self.prepared.train,
             self.seq_len,
             self.seed,
@@ -170,17 +170,23 @@ class TextDataModule(SteppedData):
             self.adaptive.bands if self.adaptive else None,
             grouped=self.adaptive is not None,
         )
-        self.train_loader = self._loader(self.training_sequences, sampler)
+        self.train_loader = self._loader(self.training_data, sampler)
         return self.train_loader
 
     def _paced(self) -> list[PacedOrder]:
         """The curriculum's order of each source's sequences."""
         if self.curriculum is None:
             return []
-        scores = self.difficulty_of_sequences(self.curriculum.difficulty, self.curriculum.reference)
+        scores = self.difficulty_of_samples(self.curriculum.difficulty, self.curriculum.reference)
         return [PacedOrder(self.curriculum, score, self.seed) for score in scores]
 
-    def difficulty_of_sequences(self, kind: Difficulty, reference: Scorer | None = None) -> list[np.ndarray]:
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Training and validation tokens of each source (after setup)."""
+        assert self.prepared is not None
+        return {part.name: (len(part.train), len(part.val)) for part in self.prepared.parts}
+
+    def difficulty_of_samples(self, kind: Difficulty, reference: Scorer | None = None) -> list[np.ndarray]:
         """Difficulty of each source's whole sequences, [M] each (after setup)."""
         assert self.prepared is not None
         scores, _ = difficulty_scores(self.prepared, kind, self.seq_len, self.seed, reference)
@@ -203,7 +209,7 @@ class TextDataModule(SteppedData):
         assert self.prepared is not None
         if config.by == "source":
             return AdaptiveOrder(config, self.part_names, [part.weight for part in self.prepared.parts], None)
-        (score,) = self.difficulty_of_sequences(config.by, config.reference)
+        (score,) = self.difficulty_of_samples(config.by, config.reference)
         bands = Bands(config.by, score, config.bands, self.seed)
         return AdaptiveOrder(config, bands.names, bands.shares, bands)
 

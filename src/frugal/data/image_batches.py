@@ -46,6 +46,8 @@ class TrainingImages(Dataset[dict[str, Tensor]]):
         mixer: which band each sample comes from.
     """
 
+    size_name = "pixels of a side"
+
     def __init__(
         self,
         images: np.ndarray,
@@ -75,13 +77,25 @@ class TrainingImages(Dataset[dict[str, Tensor]]):
         epoch, position = divmod(index, len(self.rows))
         return int(self._order(epoch)[position])
 
+    def scored(self, index: int) -> tuple[int, int]:
+        """There is one source; and which of its scored images sample `index` is."""
+        return 0, self.locate(index)
+
+    def size_at(self, step: int) -> int:
+        """Pixels of a side."""
+        return resolution_at(self.resolutions, self.images.shape[-1], step)
+
+    def epochs(self, drawn: int) -> np.ndarray:
+        """How often `drawn` samples go through the training images, [1]."""
+        return np.array([drawn / len(self.rows)])
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """A whole batch: `images` float [B, C, s, s] in [0, 1], `labels` [B], and `index` [B], the samples' numbers."""
         rows = self.rows[[self.locate(index) for index in indices]]
-        size = resolution_at(self.resolutions, self.images.shape[-1], self.clock.at(indices[0]))
+        size = self.size_at(self.clock.at(indices[0]))
         batch = {
             "images": resized(_floats(self.images, rows), size),
             "labels": torch.from_numpy(self.labels[rows]),

@@ -121,7 +121,9 @@ class ImageDataModule(SteppedData):
             self.prepared = self._prepare()
         self._rows(self.prepared)  # n_train is checked before training begins
         if stage == "fit" and self.adaptive_curriculum and self.adaptive is None:
-            bands = Bands(self.adaptive_curriculum.by, self._difficulty()[0], self.adaptive_curriculum.bands, self.seed)  # type: ignore[arg-type]
+            config = self.adaptive_curriculum
+            assert config.by != "source"
+            bands = Bands(config.by, self._difficulty(config.by, config.reference)[0], config.bands, self.seed)
             self.adaptive = AdaptiveOrder(self.adaptive_curriculum, bands.names, bands.shares, bands)
 
     def _rows(self, prepared: PreparedImages) -> np.ndarray:
@@ -156,18 +158,29 @@ class ImageDataModule(SteppedData):
             return self.adaptive_curriculum.by, self.adaptive_curriculum.reference
         return None
 
-    def _difficulty(self) -> tuple[np.ndarray, float]:
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Training and validation images of the source (after setup)."""
         assert self.prepared is not None
-        wanted = self.wanted_difficulty()
-        assert wanted is not None
-        return image_difficulty(self.prepared, self._rows(self.prepared), *wanted, self.seed)
+        return {self.source.name: (len(self._rows(self.prepared)), len(self.prepared.of(VAL)))}
+
+    def difficulty_of_samples(self, kind: Difficulty, reference: Scorer | None = None) -> list[np.ndarray]:
+        """Difficulty of the training images, [M], in a list of one (after setup)."""
+        return [self._difficulty(kind, reference)[0]]
+
+    def _difficulty(self, kind: Difficulty, reference: Scorer | None) -> tuple[np.ndarray, float]:
+        assert self.prepared is not None
+        return image_difficulty(self.prepared, self._rows(self.prepared), kind, reference, self.seed)
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the step that the trainer stands at to its last one."""
         assert self.prepared is not None and self.trainer is not None
         sampler = self._begin()
-        paced = PacedOrder(self.curriculum, self._difficulty()[0], self.seed) if self.curriculum else None
-        self.training_images = TrainingImages(
+        paced = None
+        if self.curriculum:
+            (scores,) = self.difficulty_of_samples(self.curriculum.difficulty, self.curriculum.reference)
+            paced = PacedOrder(self.curriculum, scores, self.seed)
+        self.training_data = TrainingImages(
             self.prepared.images,
             self.prepared.labels,
             self._rows(self.prepared),
@@ -178,7 +191,7 @@ class ImageDataModule(SteppedData):
             self.adaptive.bands if self.adaptive else None,
             self.adaptive.start(self._clock, self.trainer.max_steps, self.seed) if self.adaptive else None,
         )
-        self.train_loader = self._loader(self.training_images, sampler)
+        self.train_loader = self._loader(self.training_data, sampler)
         return self.train_loader
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
@@ -219,8 +232,8 @@ class ImageDataModule(SteppedData):
         """Seconds that making the data took before this run, and that the run is charged (after setup)."""
         assert self.prepared is not None
         stages = dict(self.prepared.meta["seconds_by_stage"])
-        if self.wanted_difficulty():
-            stages["difficulty"] = self._difficulty()[1]
+        if wanted := self.wanted_difficulty():
+            stages["difficulty"] = self._difficulty(*wanted)[1]
         return stages
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from frugal.data.batches import TrainingSequences
-from frugal.data.curriculum import length_at
+from frugal.data.image_batches import TrainingImages
 
 
 @dataclass(frozen=True)
@@ -16,23 +16,25 @@ class Plan:
 
     Args:
         steps: first step of each point's window, [P].
-        difficulty: 10%, 50% and 90% quantile of the sequences' difficulty there, [P, 3].
+        difficulty: 10%, 50% and 90% quantile of the samples' difficulty there, [P, 3].
         kind: which difficulty.
-        seq_len: tokens per sequence, [P].
-        shares: of each source, [P, parts].
-        epochs: how often each source has been gone through by the end, [parts].
+        size: of a sample, [P].
+        size_name: what that counts.
+        shares: of each source, [P, sources].
+        epochs: how often each source has been gone through by the end, [sources].
     """
 
     steps: np.ndarray
     difficulty: np.ndarray
     kind: str
-    seq_len: np.ndarray
+    size: np.ndarray
+    size_name: str
     shares: np.ndarray
     epochs: np.ndarray
 
 
 def plan_of(
-    data: TrainingSequences,
+    data: TrainingSequences | TrainingImages,
     difficulty: list[np.ndarray],
     kind: str,
     total_steps: int,
@@ -42,36 +44,21 @@ def plan_of(
     """Walk along the run and look at what is drawn.
 
     Args:
-        data: the training sequences, with their schedules.
-        difficulty: of each whole sequence of each part, [M].
+        data: the training samples, with their schedules.
+        difficulty: of each scored sample of each source, [M].
         kind: its name.
         total_steps: the run's length.
         points: windows looked at, evenly spread.
-        samples: consecutive sequences looked at in each window.
+        samples: consecutive samples looked at in each window; the last windows end with the run.
     """
     drawn = data.clock.sample(total_steps)
     steps = np.unique(np.linspace(0, total_steps - 1, min(points, total_steps)).astype(np.int64))
-    quantiles, shares, lengths = [], [], []
+    quantiles, shares = [], []
     for step in steps.tolist():
-        first = data.clock.sample(step)
-        found = [data.locate(i) for i in range(first, min(first + samples, drawn))]
-        values = [_score(data, difficulty, part, start) for part, start in found]
-        quantiles.append(np.quantile(values, [0.1, 0.5, 0.9]))
-        parts = np.bincount([part for part, _ in found], minlength=len(data.parts))
+        first = max(0, min(data.clock.sample(step), drawn - samples))
+        found = [data.scored(i) for i in range(first, min(first + samples, drawn))]
+        quantiles.append(np.quantile([difficulty[part][k] for part, k in found], [0.1, 0.5, 0.9]))
+        parts = np.bincount([part for part, _ in found], minlength=len(difficulty))
         shares.append(parts / parts.sum())
-        lengths.append(length_at(data.lengths, data.seq_len, step))
-    counts = data.mixer.drawn_before(drawn) if data.mixer else np.array([drawn])
-    return Plan(
-        steps,
-        np.array(quantiles),
-        kind,
-        np.array(lengths),
-        np.array(shares),
-        counts / np.array(data.per_epoch),
-    )
-
-
-def _score(data: TrainingSequences, difficulty: list[np.ndarray], part: int, start: int) -> float:
-    """Of the whole sequence that a window overlaps most: epochs cut the text elsewhere than the scores do."""
-    nearest = round((start - data.parts[part][0]) / data.seq_len)
-    return float(difficulty[part][min(nearest, len(difficulty[part]) - 1)])
+    sizes = np.array([data.size_at(step) for step in steps.tolist()])
+    return Plan(steps, np.array(quantiles), kind, sizes, data.size_name, np.array(shares), data.epochs(drawn))

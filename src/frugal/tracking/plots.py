@@ -90,20 +90,31 @@ def expert_load_figure(rows: list[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
+DIFFICULTY_UNITS = {
+    "rarity": "nats per token",
+    "compressibility": "bytes zipped / bytes",
+    "length": "tokens of the document",
+    "level": "level",
+    "loss": "nats by the reference",
+    "random": "0 to 1",
+}
+
+
 def plan_figure(plan: Any, rates: list[float], names: list[str], title: str) -> Figure:
-    """What a run will see (a `frugal.data.plan.Plan`): difficulty, length, mixture and learning rate over the steps."""
+    """What a run will see (a `frugal.data.plan.Plan`): difficulty, size, mixture and learning rate over the steps."""
     figure = new_figure(figsize=(8, 7))
     hard, length, mixture, rate = figure.subplots(4, 1, sharex=True, height_ratios=(3, 1, 2, 1))
     low, median, high = plan.difficulty.T
     hard.fill_between(plan.steps, low, high, color=BLUE, alpha=0.25, linewidth=0, label="10% to 90%")
     hard.plot(plan.steps, median, color=BLUE, linewidth=1.2, label="median")
-    hard.set(ylabel=f"difficulty:\n{plan.kind}", title=title)
-    hard.legend(loc="lower right")
-    length.step(plan.steps, plan.seq_len, where="post", color="black", linewidth=1)
-    length.set(ylabel="tokens per\nsequence", ylim=(0, None))
+    hard.set(ylabel=f"difficulty: {plan.kind}\n({DIFFICULTY_UNITS[plan.kind]})", title=title)
+    hard.legend(loc="best")
+    length.step(plan.steps, plan.size, where="post", color="black", linewidth=1)
+    length.set(ylabel=plan.size_name.replace(" ", "\n", 1), ylim=(0, 1.15 * max(plan.size)))
+    length.set_yticks([0, *sorted(set(plan.size.tolist()))])
     mixture.stackplot(plan.steps, plan.shares.T, labels=names, colors=OKABE_ITO, alpha=0.8)
-    mixture.set(ylabel="share of\nsequences", ylim=(0, 1))
-    mixture.legend(loc="upper right", fontsize="small")
+    mixture.set(ylabel="share of\nsamples", ylim=(0, 1))
+    mixture.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     rate.plot(plan.steps, rates, color="black", linewidth=1)
     rate.set(xlabel="optimizer step", ylabel="learning rate\n/ peak", ylim=(0, 1.05))
     for axis in (hard, length, rate):
