@@ -10,7 +10,7 @@ import pytest
 
 from frugal.cli.verbs import main
 from frugal.errors import UserError
-from frugal.model.config import flops_per_token
+from frugal.model.config import flops_per_token, muon_flops
 from frugal.planning.calibration import Calibration, calibrate, recall, remember
 from frugal.planning.hardware import load_hardware
 from frugal.planning.offers import Offer, make_offer, marks
@@ -42,14 +42,15 @@ def test_deepseek_v3_as_published() -> None:
 
 def test_the_default_run_counts_as_the_meter_counted_it(project: Path) -> None:
     run = read_run("configs/base.yaml")
-    assert (run.steps, run.tokens, run.validations, run.optimizer) == (5600, 5_734_400, 8, "AdamW")
-    assert run.flops == pytest.approx(22.37e12, rel=1e-3)  # as on the card in the README
+    assert (run.steps, run.tokens, run.validations, run.optimizer) == (2800, 5_734_400, 8, "Muon")
+    assert run.flops == pytest.approx(28.05e12, rel=1e-3)  # as on the card in the README
     tiny = read_run("tiny.yaml")  # which leaves `init_args` out
     assert (tiny.steps, tiny.seq_len, tiny.model.vocab_size, tiny.model.d_model) == (12, 16, 300, 16)
     short = read_run("configs/experiments/021_short_first.yaml")
     stages = ((350, 64), (350, 128), (700, 256))  # as many tokens per step throughout
-    assert short.lengths == ((0, 64), (350, 128), (700, 256)) and short.tokens == 1400 * 1024
-    assert short.flops == sum(n * 1024 * flops_per_token(run.model, length).training for n, length in stages)
+    assert short.lengths == ((0, 64), (350, 128), (700, 256)) and short.tokens == 1400 * 2048
+    passes = sum(n * 2048 * flops_per_token(run.model, length).training for n, length in stages)
+    assert short.flops == passes + 1400 * muon_flops(run.model)
 
 
 def test_measured_speed_by_hand() -> None:
