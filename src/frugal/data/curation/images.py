@@ -207,24 +207,24 @@ def curate_images(
     """
     sieve = _Sieve(labels_N, names, classes, int(np.prod(images_NCHW.shape[1:])), config.examples)
     if config.blank > 0:
-        start = time.perf_counter()
+        start = time.process_time()
         deviation_N = images_NCHW.reshape(len(images_NCHW), -1).std(axis=1)
         blank = {i: "blank" for i in np.nonzero(deviation_N < config.blank)[0].tolist()}
-        sieve.drop("Blank", blank, time.perf_counter() - start)
+        sieve.drop("Blank", blank, time.process_time() - start)
     if config.duplicates:
-        start = time.perf_counter()
-        sieve.drop("Copies", _copies(images_NCHW, labels_N, held_out_MCHW, sieve.kept), time.perf_counter() - start)
+        start = time.process_time()
+        sieve.drop("Copies", _copies(images_NCHW, labels_N, held_out_MCHW, sieve.kept), time.process_time() - start)
     if config.near_duplicates is not None:
-        start = time.perf_counter()
+        start = time.process_time()
         near = _near_copies(images_NCHW, held_out_MCHW, sieve.kept, config.near_duplicates)
-        sieve.drop("NearCopies", near, time.perf_counter() - start)
+        sieve.drop("NearCopies", near, time.process_time() - start)
     if config.label_noise is not None:
-        start = time.perf_counter()
+        start = time.process_time()
         kept, noise = np.array(sieve.kept), config.label_noise
         given = labels_N[kept]
         probabilities = neighbour_probabilities(images_NCHW[kept], given, len(classes), noise.folds, noise.neighbours)
         wrong = kept[likely_wrong(probabilities, given)]
-        sieve.drop("LabelNoise", {int(i): "label likely wrong" for i in wrong}, time.perf_counter() - start)
+        sieve.drop("LabelNoise", {int(i): "label likely wrong" for i in wrong}, time.process_time() - start)
     for label in np.unique(labels_N).tolist():
         if not any(labels_N[i] == label for i in sieve.kept):
             raise UserError(f"data.curation: nothing is left of class {classes[label]}")
