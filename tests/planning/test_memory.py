@@ -14,6 +14,8 @@ from frugal.model.transformer import Transformer
 from frugal.planning.memory import Load, bytes_of, training_memory
 from frugal.planning.model_card import read_transformer
 from frugal.training.losses import next_token_nll, sum_and_nll
+from frugal.training.muon import Muon
+from frugal.training.optim import parameter_groups
 
 ROOT = Path(__file__).parents[2]
 LATENT = LatentConfig(kv_lora_rank=24, q_lora_rank=40, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24)
@@ -36,8 +38,9 @@ def peak(work: Callable[[], None]) -> int:
 def train(config: TransformerConfig, optimizer: type = torch.optim.AdamW, accumulate: int = 1) -> None:
     """Two steps in Lightning's order: forward, forget the old gradients, backward, step."""
     model = Transformer(config).train()
-    options = {"fused": True} if optimizer is torch.optim.AdamW else {"momentum": 0.9}
-    stepper = optimizer(model.parameters(), lr=1e-3, **options)
+    options = {torch.optim.AdamW: {"fused": True}, torch.optim.SGD: {"momentum": 0.9}}.get(optimizer, {})
+    groups = parameter_groups(model) if optimizer is Muon else model.parameters()
+    stepper = optimizer(groups, lr=1e-3, **options)
     ids = torch.randint(0, config.vocab_size, (BATCH, SEQ))
     for micro in range(2 * accumulate):
         loss = sum_and_nll(model.hidden(ids), model.head.weight, ids)[0]
@@ -60,6 +63,8 @@ def train(config: TransformerConfig, optimizer: type = torch.optim.AdamW, accumu
         ({"sharing": SharingConfig(n_blocks=1, prelude=1)}, {}, {}),
         ({}, {"accumulate": 2}, {"accumulate": 2}),
         ({}, {"optimizer": torch.optim.SGD}, {"optimizer": "SGD"}),
+        ({}, {"optimizer": Muon}, {"optimizer": "Muon"}),
+        ({"moe": None}, {"optimizer": Muon}, {"optimizer": "Muon"}),
     ],
     ids=str,
 )
