@@ -41,9 +41,29 @@ class Received:
             lines += stream.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
         return [json.loads(line) for line in lines]
 
+    def project(self) -> dict[str, Any]:
+        """The project as it is read back: the runs that were sent (one, with all history), or none."""
+        sent = [v.get("input", v) for v in self.variables("UpsertBucket")]
+        rows = self.history()
+        config = next((v["config"] for v in reversed(sent) if v.get("config")), "{}")
+        summary: dict[str, Any] = {}
+        for stream in self.streams:
+            for line in stream.get("files", {}).get("wandb-summary.json", {}).get("content", []):
+                summary |= json.loads(line)
+        run = RUN | {
+            "name": "run-1", "displayName": sent[0].get("displayName") if sent else None, "state": "finished",
+            "user": {"name": "someone", "username": "someone"}, "config": config, "summaryMetrics": json.dumps(summary),
+            "historyKeys": {"lastStep": len(rows), "keys": {}}, "history": [json.dumps(row) for row in rows],
+            "parquetHistory": {"parquetUrls": [], "liveData": rows},
+        }  # fmt: skip
+        edges = [{"node": run, "cursor": "1"}] if sent else []
+        page = {"endCursor": None, "hasNextPage": False}
+        return PROJECT | {"run": run, "runCount": len(edges), "runs": {"edges": edges, "pageInfo": page}}
 
-def answer(operation: str, variables: dict[str, Any], url: str) -> dict[str, Any]:
+
+def answer(operation: str, variables: dict[str, Any], received: Received) -> dict[str, Any]:
     """The data of a GraphQL reply."""
+    url = received.url
     if operation == "UpsertBucket":
         run = RUN | {"name": variables.get("name"), "displayName": variables.get("displayName")}
         return {"upsertBucket": {"bucket": run, "inserted": True}}
@@ -65,6 +85,8 @@ def answer(operation: str, variables: dict[str, Any], url: str) -> dict[str, Any
         return {"upsertSweep": {"sweep": {"name": "sweep-1", "project": PROJECT}, "configValidationWarnings": []}}
     if operation == "UpsertView2":
         return {"upsertView": {"view": {"id": "view-1", "name": "costs"}, "inserted": True}}
+    if operation in ("Runs", "RunHistoryKeys", "RunParquetHistory", "HistoryPage", "Run"):
+        return {"project": received.project()}
     # What is asked before anything is sent: who is there, and whether the run exists already.
     return {
         "viewer": VIEWER,
@@ -119,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         found = re.search(r"(?:query|mutation)\s+(\w+)", content.get("query", ""))
         operation, variables = found[1] if found else "?", content.get("variables") or {}
         self.received.operations.append((operation, variables))
-        self._reply({"data": answer(operation, variables, self.received.url)})
+        self._reply({"data": answer(operation, variables, self.received)})
 
 
 @contextmanager

@@ -14,10 +14,13 @@ import pytest
 import yaml
 from wandb_server import Received, wandb_server
 
+from frugal.errors import UserError
+from frugal.tracking.read_runs import read_runs
 from frugal.tracking.run_folder import read_lines
 from frugal.tracking.workspace import metric_names
 
 ROOT = Path(__file__).parents[2]
+FRUGAL = [sys.executable, "-c", "from frugal.cli.verbs import main; main()"]
 
 
 @pytest.fixture
@@ -76,6 +79,9 @@ def test_an_online_run_sends_metrics_group_tags_and_artifacts(server: Received, 
     best = (folder / "checkpoints/best.ckpt").read_bytes()
     assert hashlib.sha256(server.files["best.ckpt"]).digest() == hashlib.sha256(best).digest()
     assert server.files["fingerprint.txt"].decode().strip() == meta["fingerprint"]
+    # And back: the project on the server is the run on the disk.
+    own, online = (start(server, *FRUGAL, "compare", runs).split("## ")[2] for runs in ("runs/base", "someone/frugal"))
+    assert own.split("written")[0] == online.split("written")[0] and folder.name in own
 
 
 @pytest.mark.slow
@@ -92,11 +98,20 @@ def test_every_sweep_is_taken_as_it_stands(server: Received, project: Path) -> N
 
 @pytest.mark.slow
 def test_the_workspace_is_saved(server: Received) -> None:
-    frugal = [sys.executable, "-c", "from frugal.cli.verbs import main; main()"]
     assert f"{server.url}/someone/frugal?nw=costs" in start(
-        server, *frugal, "workspace", "someone/frugal", "--name", "mine"
+        server, *FRUGAL, "workspace", "someone/frugal", "--name", "mine"
     )
     (view,) = sent(server, "UpsertView2")
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("someone", "frugal", "mine")
     for name in metric_names():
         assert f'"{name}"' in view["spec"]
+
+
+def test_what_cannot_be_compared_online_is_one_line(server: Received, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    with pytest.raises(UserError, match="the W&B project someone/frugal has no runs"):
+        read_runs(["someone/frugal"])
+    monkeypatch.setattr("wandb.Api.runs", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="W&B has no such project or does not answer: division by zero"):
+        read_runs(["someone/frugal"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from frugal.errors import UserError
+from frugal.errors import UserError, require
 from frugal.tracking.run_folder import RunFolder, read_lines
 
 
@@ -120,13 +120,15 @@ def read_online(path: str) -> list[RunData]:
 
     try:
         api = wandb.Api(timeout=20)
-        found = [api.run(path)] if path.count("/") == 2 else list(api.runs(path))
-        return [
+        # No list() around these: it asks for the length first, and takes an error in that for an empty project.
+        found = [
             RunData(str(run.name), flat(dict(run.config)), [_row(row) for row in run.scan_history()], dict(run.summary))
-            for run in found
+            for run in ([api.run(path)] if path.count("/") == 2 else api.runs(path))
         ]
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"runs: there is no folder {path}, and W&B has no such project or does not answer: {reason[0]}"
         ) from None
+    require(bool(found), f"runs: the W&B project {path} has no runs")
+    return found
