@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "frugal"
-# Which rooms each room may import from; `errors`, `schedule` and `units` are leaves that anyone may use.
+# Which rooms each room may import from; `errors`, `schedule`, `overlay` and `units` are leaves that anyone may use.
 ALLOWED = {
     "errors": set(),
     "units": set(),
+    "overlay": set(),
     "schedule": {"errors"},
     "model": {"errors"},
     "data": {"errors", "schedule"},
-    "tracking": {"errors", "units"},
-    "planning": {"errors", "units", "model.config", "model.vision_config"},
-    "launch": {"errors", "units", "tracking", "planning"},
+    "tracking": {"errors", "units", "overlay"},
+    "planning": {"errors", "units", "overlay", "model.config", "model.vision_config"},
+    "launch": {"errors", "units", "overlay", "tracking", "planning"},
     "training": {"errors", "schedule", "model", "data", "tracking"},
     "callbacks": {"errors", "schedule", "data", "model", "training", "planning", "tracking"},
     "cli": {"errors", "units", "schedule", "model", "data", "tracking", "planning", "launch", "training", "callbacks"},

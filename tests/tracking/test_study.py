@@ -12,7 +12,7 @@ import yaml
 from frugal.errors import UserError
 from frugal.tracking.savings import compare, recipe_effects
 from frugal.tracking.savings_report import forest_figure, markdown, write_report
-from frugal.tracking.study import Arm, Equal, Study, Tune, merge, read_study, run_spec
+from frugal.tracking.study import Arm, Equal, Study, Tune, read_study, run_spec
 from frugal.tracking.study_runs import StudyRuns, conditions
 
 PART = {"a": 0.8, "b": 0.9, "c": 1.0}  # steps that a part leaves to be done
@@ -168,18 +168,6 @@ def test_an_arm_that_never_gets_there_is_a_bound(tmp_path: Path) -> None:
     (finding,) = compare(study, points)
     assert finding.ratios["flops"].bound == "at least" and finding.ratios["flops"].verdict == "costs"
     assert finding.ratios["flops"].low == pytest.approx(1.4) and math.isinf(finding.ratios["flops"].high)
-
-
-def test_overlays_merge_as_the_command_line_merges_them() -> None:
-    adamw = {"optimizer": {"class_path": "A", "init_args": {"lr": 1, "fused": True}}}
-    assert merge(adamw, {"optimizer": {"lr": 2}}) == {
-        "optimizer": {"class_path": "A", "init_args": {"lr": 2, "fused": True}}
-    }
-    muon = {"optimizer": {"class_path": "B", "init_args": {"lr": 3}}}
-    assert merge(adamw, muon) == muon
-    assert merge({"moe": {"top_k": 2}}, {"moe": None}) == {"moe": None}
-    assert merge({"moe": None}, {"moe": {"top_k": 2}}) == {"moe": {"top_k": 2}}
-    assert merge({"callbacks+": [1]}, {"callbacks+": [2]}) == {"callbacks+": [1, 2]}
 
 
 def test_shares_follow_the_length_and_validation_comes_once() -> None:

@@ -17,7 +17,7 @@ import yaml
 
 from frugal.errors import UserError
 from frugal.launch.snapshot import take_snapshot
-from frugal.planning.model_card import overlaid
+from frugal.overlay import overlaid
 from frugal.tracking.run_folder import RunConfig, RunFolder, new_run, read_lines
 
 STOPPED = 75  # exit code of a run that was told to stop, saved its state and wants to be continued (EX_TEMPFAIL)

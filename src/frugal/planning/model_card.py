@@ -17,6 +17,7 @@ from frugal.model.config import (
     state_memory,
 )
 from frugal.model.vision_config import VisionConfig
+from frugal.overlay import overlaid
 
 SECTIONS = {"run", "data", "trainer", "freezing", "checkpoint", "cost", "samples", "expert_bias", "diagnostics"}
 
@@ -73,27 +74,6 @@ def read_shape(path: str) -> BlocksConfig:
 def is_run(values: Any) -> bool:
     """Whether a file's content is a run's config or an overlay on one, rather than a bare shape."""
     return isinstance(values, dict) and (isinstance(values.get("model"), dict) or bool(values.keys() & SECTIONS))
-
-
-def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings, the upper one's values winning.
-
-    A class's arguments may be given without `init_args`; those of another class are not kept.
-    """
-    if "class_path" in above and _class_name(above) != _class_name(below):
-        return above
-    if isinstance(below.get("init_args"), dict) and not above.keys() & {"class_path", "init_args"}:
-        above = {"init_args": above}
-    both = {key: overlaid(below[key], value) for key, value in above.items() if _are_mappings(below.get(key), value)}
-    return below | above | both
-
-
-def _class_name(values: dict[str, Any]) -> str:
-    return str(values.get("class_path", "")).rpartition(".")[2]
-
-
-def _are_mappings(*values: Any) -> bool:
-    return all(isinstance(value, dict) for value in values)
 
 
 def _linked_to_data(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import yaml
 
 from frugal.errors import UserError
 from frugal.model.config import TransformerConfig, flops_per_token, muon_flops
-from frugal.planning.model_card import is_run, overlaid, read_transformer
+from frugal.overlay import overlaid
+from frugal.planning.model_card import is_run, read_transformer
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from frugal.errors import UserError, require
+from frugal.overlay import overlaid
 
 AXES = ("tokens", "flops", "seconds", "joules", "dollars")
 SHARE = re.compile(r"(\d*\.?\d+) steps")
@@ -178,7 +179,7 @@ class Study:
     def _joined(name: str, parts: Sequence[Arm], about: str, tune: Tune | None = None) -> Arm:
         options: dict[str, Any] = {}
         for part in parts:
-            options = merge(options, part.options)
+            options = overlaid(options, part.options)
         start = min(part.start for part in parts)
         return Arm(name, about, [o for part in parts for o in part.overlays], options, tune=tune, start=start)
 
@@ -192,27 +193,6 @@ class RunSpec:
     seed: int
     steps: int
     overlay: dict[str, Any]
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two config trees as overlays are: mappings key by key; lists, values and null replace.
-
-    Another `class_path` drops the settings of the class before it; `key+` lists are joined.
-    """
-    merged = dict(below)
-    if "class_path" in above and above["class_path"] != below.get("class_path"):
-        merged = {}
-    if "init_args" in below and not above.keys() & {"class_path", "init_args"}:
-        above = {"init_args": above}  # settings may be written without it
-    for key, value in above.items():
-        before = merged.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            merged[key] = merge(before, value)
-        elif key.endswith("+") and isinstance(before, list):
-            merged[key] = [*before, *value]
-        else:
-            merged[key] = value
-    return merged
 
 
 def shares_as_steps(tree: Any, steps: int) -> Any:
@@ -250,7 +230,7 @@ def run_spec(study: Study, arm: Arm, seed: int, steps: int, tuned: Mapping[str, 
     tree: dict[str, Any] = {}
     chosen: dict[str, Any] = {}
     for key, value in tuned.items():
-        chosen = merge(chosen, nested(key, value))
+        chosen = overlaid(chosen, nested(key, value))
     layers = [(study.overlays, study.options), (study.base.overlays, study.base.options)]
     if arm is not study.base:
         # The baseline's tuned values give way to what an arm says; its own sweep is said by `tuned`.
@@ -260,13 +240,13 @@ def run_spec(study: Study, arm: Arm, seed: int, steps: int, tuned: Mapping[str, 
     for files, options in layers:
         for name in files:
             require((root / name).is_file(), f"arms: {arm.name}: no file {name}")
-            tree = merge(tree, yaml.safe_load((root / name).read_text(encoding="utf-8")) or {})
-        tree = merge(tree, options)
+            tree = overlaid(tree, yaml.safe_load((root / name).read_text(encoding="utf-8")) or {})
+        tree = overlaid(tree, options)
     tree = shares_as_steps(tree, steps)
     accumulate = tree.get("trainer", {}).get("accumulate_grad_batches", 1)
     # One validation, at the end: it is the measurement, and no part of what a technique saves.
     ends = {"max_steps": steps, "val_check_interval": steps * accumulate}
-    tree = merge(tree, {"seed_everything": seed, "trainer": ends})
+    tree = overlaid(tree, {"seed_everything": seed, "trainer": ends})
     tree.pop("run", None)
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
     return RunSpec(f"{arm.name}_{steps}_s{seed}_{digest}", arm.name, seed, steps, tree)
