@@ -99,13 +99,15 @@ def test_what_devices_send_by_hand() -> None:
 
 
 def test_marks() -> None:
-    def offer(seconds: float | None, dollars: float | None, fits: bool = True) -> Offer:
+    def offer(seconds: float | None, dollars: float | None, fits: bool = True, basis: str = "") -> Offer:
         memory = make_offer(read_run(str(ROOT / "configs/base.yaml")), ROWS["cpu"]).memory
-        return Offer("x", 1, "replicated", False, memory, 1e12 if fits else 0.0, seconds, dollars, 1.0, "")
+        return Offer("x", 1, "replicated", False, memory, 1e12 if fits else 0.0, seconds, dollars, 1.0, basis)
 
     rows = [offer(10, 5), offer(100, 1), offer(50, 2), offer(60, 3), offer(1, 1, fits=False), offer(None, None)]
     assert marks(rows) == ["fastest", "cheapest", "Pareto", "", "", ""]
     assert marks(rows[:1]) == ["cheapest, fastest"] and marks(rows[4:]) == ["", ""]
+    bound = offer(1, 1, basis="MFU 30% assumed; links unknown")
+    assert marks([bound, *rows[:2]]) == ["", "fastest", "cheapest"] and marks([bound]) == ["cheapest, fastest"]
 
 
 def test_plan_calibrate_and_audit(train: object, capsys: pytest.CaptureFixture) -> None:

@@ -22,6 +22,7 @@ STEP_BYTES = 28  # that an optimizer step reads and writes per parameter: weight
 OVERHEAD = {True: 15.0, False: 45.0}  # seconds until the first step, on a CPU and on a GPU
 RESERVED = 2**30  # bytes of a GPU that its context and workspaces take
 FRAGMENTS = 0.05  # share of a GPU's memory that the allocator cannot use
+LINKS_UNKNOWN = "links unknown"  # to several devices: the time is without communication
 TIE = 1.02  # times closer than this count as equal
 PEAKS = {"32-true": "float32", "16-mixed": "float16", "bf16-mixed": "bfloat16", "bf16-true": "bfloat16"}
 
@@ -216,15 +217,19 @@ def _with_communication(run: PlannedRun, row: Hardware, load: Load, compute: flo
         return compute, basis
     speed = row.between(load.devices)
     if speed is None:
-        return compute, f"{basis}; links unknown"
+        return compute, f"{basis}; {LINKS_UNKNOWN}"
     behind = run.steps * (sent.all_gather + sent.reduce_scatter + (load.strategy == "replicated") * sent.all_reduce)
     waited = run.steps * sent.total - behind
     return max(compute, behind / speed) + waited / speed, "links at full speed" if behind / speed > compute else basis
 
 
 def marks(offers: Sequence[Offer]) -> list[str]:
-    """Of each offer that fits: cheapest, fastest, or Pareto (none is both faster and cheaper); else nothing."""
+    """Of each offer that fits: cheapest, fastest, or Pareto (none is both faster and cheaper); else nothing.
+
+    Where links are not known the time is a lower bound; such an offer is marked only if there is no other kind.
+    """
     able = [o for o in offers if o.fits and o.seconds is not None and o.dollars is not None]
+    able = [o for o in able if LINKS_UNKNOWN not in o.basis] or able
     if not able:
         return [""] * len(offers)
     cheapest = min(able, key=lambda o: (o.dollars, o.seconds))

@@ -28,15 +28,18 @@ def offers_figure(rows: list[dict[str, Any]], title: str) -> Figure:
     unit, size = next(
         ((u, s) for u, s in (("days", 86400), ("hours", 3600), ("minutes", 60)) if longest > 3 * s), ("seconds", 1)
     )
-    kinds = (
-        ("fits", BLUE, "o", [r for r in rows if r["fits"] and not r["mark"]]),
-        ("does not fit into memory", GREY, "x", [r for r in rows if not r["fits"]]),
+    kinds: tuple[tuple[str, dict[str, Any], list[dict[str, Any]]], ...] = (
+        ("fits", {"color": BLUE}, [r for r in rows if r["fits"] and not r["mark"] and not _bound(r)]),
+        (
+            "fits; links unknown: at least so long",
+            {"edgecolor": BLUE, "facecolor": "white"},
+            [r for r in rows if r["fits"] and not r["mark"] and _bound(r)],
+        ),
+        ("does not fit into memory", {"color": GREY, "marker": "x"}, [r for r in rows if not r["fits"]]),
     )
-    for label, color, marker, some in kinds:
+    for label, style, some in kinds:
         if some:
-            axis.scatter(
-                [r["seconds"] / size for r in some], [r["dollars"] for r in some], c=color, marker=marker, label=label
-            )
+            axis.scatter([r["seconds"] / size for r in some], [r["dollars"] for r in some], label=label, **style)
     if best:
         points = [(r["seconds"] / size, r["dollars"]) for r in best]
         axis.plot(*zip(*points, strict=True), "D-", color=ORANGE, linewidth=1.2, markersize=7, label="Pareto set")
@@ -69,6 +72,11 @@ def offers_figure(rows: list[dict[str, Any]], title: str) -> Figure:
     if rows:
         axis.legend()
     return figure
+
+
+def _bound(row: dict[str, Any]) -> bool:
+    """Whether the time is only a lower bound."""
+    return "links unknown" in row.get("basis", "")
 
 
 def _free_height(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
