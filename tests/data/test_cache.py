@@ -1,5 +1,6 @@
 """Preparing data on a disk that is really full, and killed at any moment: nothing half-written is trusted."""
 
+import io
 import resource
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from frugal.data.image_difficulty import image_difficulty
 from frugal.data.image_store import TRAIN, prepare_images
 from frugal.data.images import SklearnDigits
 from frugal.data.packing import prepare
+from frugal.data.progress import progress_bar
 from frugal.data.sources import LocalText
 from frugal.data.tokenization import TokenizerConfig
 from frugal.errors import UserError
@@ -115,6 +117,16 @@ def test_a_killed_preparation_is_begun_anew(tmp_path: Path, moment: int) -> None
     assert not list(cache.glob("*.tmp"))  # what the killed process left
     (other := tmp_path / "elsewhere").mkdir()
     assert np.array_equal(after, text(other, curated=True)())
+
+
+def test_the_bar_says_what_is_done_and_how_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    written = io.StringIO()
+    monkeypatch.setattr("sys.stderr", written)
+    with progress_bar() as progress:
+        progress("decoding: 256 images", None)
+        progress("tokenizing", 0.5)
+    assert "tokenizing" in written.getvalue()
 
 
 def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:

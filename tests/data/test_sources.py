@@ -29,6 +29,12 @@ def test_folder_reads_every_format_in_sorted_order(tmp_path: Path) -> None:
     assert list(LocalText(str(tmp_path / "*.txt")).documents()) == ["one\n"]
 
 
+def test_the_mark_that_windows_puts_first_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\r\n", encoding="utf-8-sig", newline="")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\r\n{"text": "three"}', encoding="utf-8-sig", newline="")
+    assert list(LocalText(str(tmp_path)).documents()) == ["one\r\n", "two", "three"]
+
+
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one", encoding="utf-8")

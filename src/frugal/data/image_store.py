@@ -25,6 +25,7 @@ from frugal.data.curation.report import write_report
 from frugal.data.decoding import Unreadable, decode
 from frugal.data.documents import Document
 from frugal.data.images import ImageSource, Picture
+from frugal.data.progress import progress_bar
 from frugal.errors import UserError, require
 
 log = logging.getLogger(__name__)
@@ -126,8 +127,10 @@ def _prepare(
     )
     labels, splits, names = [], [], []
     readable = Account("Readable")
-    with (folder / "images.bin").open("wb") as file:
-        for picture, pixels in _decoded(source, channels, image_size, max_pixels):
+    with (folder / "images.bin").open("wb") as file, progress_bar() as progress:
+        for n, (picture, pixels) in enumerate(_decoded(source, channels, image_size, max_pixels)):
+            if n % 256 == 0:
+                progress(f"decoding: {n:,} images", None)
             if not 0 <= picture.label < n_classes:
                 raise UserError(
                     f"data.n_classes: {picture.name} has the label {picture.label}; with {n_classes} classes labels go "

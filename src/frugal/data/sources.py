@@ -387,7 +387,7 @@ class HubText(Source):
 
 def _decode(raw: bytes, where: str) -> str:
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")  # the mark that Windows puts first is no text
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where}: not UTF-8 at byte {error.start}; convert it, for instance `iconv -f latin1 -t utf-8`"
