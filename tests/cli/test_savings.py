@@ -66,7 +66,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs of a study are made in this process, which is faster than a new one each; returns the overlays' names."""
     made: list[str] = []
 
-    def start(command: list[str], log_file: Path, threads: int = 1) -> int:
+    def start(command: list[str], log_file: Path, threads: int = 1, devices: object = None) -> int:
         made.append(log_file.stem)
         train(command[2:])
         return 0

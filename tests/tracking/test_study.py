@@ -2,8 +2,11 @@
 
 import json
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from frugal.errors import UserError
 from frugal.tracking.savings import compare, recipe_effects
 from frugal.tracking.savings_report import forest_figure, markdown, write_report
 from frugal.tracking.study import Arm, Equal, Study, Tune, read_study, run_spec
-from frugal.tracking.study_runs import StudyRuns, conditions
+from frugal.tracking.study_runs import StudyRuns, conditions, start_process
 
 PART = {"a": 0.8, "b": 0.9, "c": 1.0}  # steps that a part leaves to be done
 
@@ -199,3 +202,18 @@ def test_a_faulty_study_is_refused(yaml_text: str, message: str, tmp_path: Path)
         read_study(str(tmp_path / "s.yaml"))
     with pytest.raises(UserError, match="no file"):
         read_study("nowhere.yaml")
+
+
+def test_runs_at_a_time_have_a_device_each(tmp_path: Path) -> None:
+    free: SimpleQueue[str] = SimpleQueue()
+    for device in ("0", "3"):
+        free.put(device)
+    # Each says its device and waits for the other, in vain if both have the same.
+    program = "import os, time; from pathlib import Path; Path(os.environ['CUDA_VISIBLE_DEVICES']).touch()\n"
+    program += (
+        "for i in range(6000): Path('0').exists() and Path('3').exists() and exit(0) or time.sleep(0.01)\nexit(1)"
+    )
+    command = [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); exec({program!r})"]
+    with ThreadPoolExecutor(2) as pool:
+        codes = pool.map(lambda n: start_process(command, tmp_path / f"{n}.log", devices=free), range(2))
+    assert list(codes) == [0, 0] and {free.get(), free.get()} == {"0", "3"}

@@ -12,6 +12,7 @@ def savings(
     seeds: int | None = None,
     arms: list[str] | None = None,
     jobs: int = 1,
+    devices: list[str] | None = None,
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto",
     report_only: bool = False,
 ) -> None:
@@ -24,6 +25,7 @@ def savings(
         seeds: how many of the study's seeds.
         arms: these alone, with the baseline and their controls; the others can follow, in the same folder.
         jobs: runs at a time, each with its share of the machine's cores.
+        devices: CUDA_VISIBLE_DEVICES of each of the runs at a time, as 0 1 2 3; their number takes the place of jobs.
         wandb: auto, online, offline or disabled.
         report_only: write the report of what is there and start nothing.
     """
@@ -32,6 +34,7 @@ def savings(
     from dataclasses import replace
     from functools import partial
     from pathlib import Path
+    from queue import SimpleQueue
 
     from frugal.errors import UserError, require
     from frugal.tracking.run_folder import RunConfig
@@ -54,7 +57,12 @@ def savings(
     folder = Path(out).resolve() / name
     folder.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    start = None if report_only else partial(start_process, threads=max(1, cores // jobs))
+    free: SimpleQueue[str] | None = None
+    if devices:
+        free, jobs = SimpleQueue(), len(devices)
+        for device in devices:
+            free.put(device)
+    start = None if report_only else partial(start_process, threads=max(1, cores // jobs), devices=free)
     runs = StudyRuns(name, wanted, folder, wandb, start)
     try:
         results = runs.all(jobs)

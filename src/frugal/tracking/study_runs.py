@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import yaml
@@ -28,11 +29,23 @@ STOPPED = 75  # exit code of a run that was told to stop
 Start = Callable[[list[str], Path], int]  # command of train.py, log file -> exit status
 
 
-def start_process(command: list[str], log_file: Path, threads: int = 1) -> int:
-    """Run one command to its end; its output goes to the log file."""
+def start_process(command: list[str], log_file: Path, threads: int = 1, devices: SimpleQueue[str] | None = None) -> int:
+    """Run one command to its end; its output goes to the log file.
+
+    Args:
+        devices: values of CUDA_VISIBLE_DEVICES that no run uses now; one is taken for the time.
+    """
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    with log_file.open("a", encoding="utf-8") as out:
-        return subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    device = devices.get() if devices else None
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    try:
+        with log_file.open("a", encoding="utf-8") as out:
+            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False)
+        return done.returncode
+    finally:
+        if devices and device is not None:
+            devices.put(device)
 
 
 @dataclass(frozen=True)
