@@ -73,11 +73,18 @@ def test_batches_depend_on_seed_and_step_only(cache: Path, options: dict[str, An
     assert equal(whole[10:], batches(later))
 
 
-def test_two_ranks_see_the_halves_of_one_stream(cache: Path) -> None:
-    one = module(cache, {"accumulate_grad_batches": 1}, batch_size=12)
-    halves = [module(cache, {"accumulate_grad_batches": 1, "rank": r, "ranks": 2}) for r in (0, 1)]
-    for whole, left, right in zip(batches(one), *map(batches, halves), strict=True):
-        assert torch.equal(whole["images"], torch.cat((left["images"], right["images"])))
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_see_the_parts_of_one_stream(cache: Path, ranks: int) -> None:
+    transforms = {"transforms": ImageTransforms(rotation=20, crop=0.7)}
+    one = module(cache, {"accumulate_grad_batches": 1}, batch_size=12, **transforms)
+    several = [
+        module(cache, {"accumulate_grad_batches": 1, "rank": r, "ranks": ranks}, batch_size=12 // ranks, **transforms)
+        for r in range(ranks)
+    ]
+    for whole, *parts in zip(batches(one), *map(batches, several), strict=True):
+        for name in ("images", "targets"):
+            together = torch.cat([part[name] for part in parts])
+            torch.testing.assert_close(together, whole[name], rtol=0, atol=1e-6)
 
 
 def test_an_epoch_has_every_training_image_once(cache: Path) -> None:

@@ -198,9 +198,11 @@ class ImageDataModule(SteppedData):
         """Augment a training batch on the device: its images, and soft labels `targets` [B, K]."""
         if self.transforms is None or "index" not in batch or self.trainer is None or not self.trainer.training:
             return batch
-        first = int(batch["index"][0])
+        rank, ranks = data_ranks(self.trainer)
+        first = int(batch["index"][0]) - rank * len(batch["index"])  # of all ranks' batch
+        step = self._clock.at(first)
         images, targets = self.transforms(
-            batch["images"], batch["labels"], self.n_classes, self.seed, first, step=self._clock.at(first)
+            batch["images"], batch["labels"], self.n_classes, self.seed, first, rank, ranks, step
         )
         return {**batch, "images": images, "targets": targets}
 

@@ -37,10 +37,20 @@ def test_the_same_seed_and_step_give_the_same_batch(options: dict[str, Any]) -> 
     assert images.shape == IMAGES.shape and images.min() >= 0 and images.max() <= 1
     torch.testing.assert_close(soft.sum(1), torch.ones(16))
     for seed, step, rank in ((2, 7, 0), (1, 8, 0), (1, 7, 1)):
-        assert not torch.equal(transforms(IMAGES, LABELS, 5, seed, step, rank)[0], images)
+        assert not torch.equal(transforms(IMAGES, LABELS, 5, seed, step, rank, 2)[0], images)
     torch.random.set_rng_state(state)
     transforms(IMAGES, LABELS, 5, 1, 7)
     assert torch.equal(torch.random.get_rng_state(), state)  # and nothing of it changed
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_do_together_what_one_does(ranks: int) -> None:
+    transforms = ImageTransforms(**{**ALL, "mix": "none", "probability": Ramp(0.7)})
+    size = len(IMAGES) // ranks
+    whole, soft = transforms(IMAGES, LABELS, 5, 1, 7)
+    parts = [transforms(IMAGES[r * size :][:size], LABELS[r * size :][:size], 5, 1, 7, r, ranks) for r in range(ranks)]
+    torch.testing.assert_close(torch.cat([images for images, _ in parts]), whole, rtol=0, atol=1e-6)
+    assert torch.equal(torch.cat([labels for _, labels in parts]), soft)
 
 
 def test_off_is_off() -> None:

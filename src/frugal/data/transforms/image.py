@@ -88,19 +88,23 @@ class ImageTransforms:
         seed: int,
         number: int,
         rank: int = 0,
+        ranks: int = 1,
         step: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Transformed images [B, C, H, W] and soft labels [B, K], each row of which adds up to 1.
 
-        The same arguments always give the same result; the global random state is neither read nor changed.
+        The same arguments always give the same result; the global random state is neither read nor changed. Every rank
+        draws for the images of all and takes its own, so several ranks do what one does with the whole batch; only
+        mixing, which needs two images, stays within a rank's.
 
         Args:
             images_BCHW: float, in [0, 1].
             labels_B: int64 class numbers.
             n_classes: K.
             seed: the run's.
-            number: of the batch in the run, or of its first sample: another number, other draws.
-            rank: the process, where ranks count alike.
+            number: of all ranks' batch in the run, or of its first sample: another number, other draws.
+            rank: which part of that batch the images are.
+            ranks: how many parts of this size it has.
             step: decides the probability; null means number.
         """
         require(
@@ -108,18 +112,26 @@ class ImageTransforms:
             f"transforms: images must be float [B, C, H, W], got {images_BCHW.dtype} {list(images_BCHW.shape)}",
         )
         soft_BK = torch.nn.functional.one_hot(labels_B, n_classes).to(images_BCHW.dtype)
-        rng = np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, rank, 0]))
+        rng = np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, 0, 0]))
         share = self.probability.at(number if step is None else step)
         # kornia draws its parameters on the CPU from torch's global generator, which is put back afterwards.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**63)))
-            chosen_B = torch.from_numpy(rng.random(len(images_BCHW)) < share).to(images_BCHW.device)
+            n, own = len(images_BCHW), slice(rank * len(images_BCHW), (rank + 1) * len(images_BCHW))
+            chosen = rng.random(n * ranks) < share
+            chosen_B = torch.from_numpy(chosen[own]).to(images_BCHW.device)
             out_BCHW = images_BCHW
-            for part in self._single(*images_BCHW.shape[1:]) if bool(chosen_B.any()) else []:
-                out_BCHW = part(out_BCHW)
+            for part in self._single(*images_BCHW.shape[1:]) if chosen.any() else []:
+                drawn = part.forward_parameters(torch.Size((n * ranks, *images_BCHW.shape[1:])))
+                shape = drawn.pop("forward_input_shape")
+                shape[0] = n
+                own_drawn = {name: values[own] for name, values in drawn.items()}
+                out_BCHW = part(out_BCHW, params={**own_drawn, "forward_input_shape": shape})
             out_BCHW = torch.where(chosen_B[:, None, None, None], out_BCHW, images_BCHW)
             mix = ("mixup", "cutmix")[int(rng.integers(2))] if self.mix == "either" else self.mix
-            if mix != "none" and len(images_BCHW) > 1 and rng.random() < share:
+            if mix != "none" and n > 1 and rng.random() < share:
+                if rank:
+                    torch.manual_seed(int(rng.integers(2**62)) + rank)  # not the first rank's pairs and shares
                 out_BCHW, soft_BK = _mix(mix, out_BCHW, labels_B, soft_BK)
         return out_BCHW.clamp(0, 1), soft_BK
 
