@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from frugal.cli.verbs import main
 from frugal.errors import UserError
-from frugal.tracking.compare import AXES, comparison_figure, config_differences, curve, metric_table, pareto
+from frugal.tracking.compare import AXES, as_call, comparison_figure, config_differences, curve, metric_table, pareto
 from frugal.tracking.read_runs import RunData, flat, read_runs
 
 
@@ -25,6 +25,12 @@ def test_only_what_differs_is_shown() -> None:
     c = run("c", {"model": {"init_args": {"d": 2, "moe": {"k": 3}}}, "seed": 1})
     assert config_differences([a, b, c])["model.moe.k"] == ["-", 2, 3]
     assert config_differences([b, c]) == {"model.moe.k": [2, 3]}
+
+
+def test_classes_are_shown_as_calls() -> None:
+    near = {"class_path": "frugal.data.NearDuplicates", "init_args": {"threshold": 0.7, "by": {"class_path": "a.B"}}}
+    assert as_call([near, {"class_path": "a.Exact"}]) == "NearDuplicates(threshold=0.7, by=B), Exact"
+    assert (as_call([]), as_call(None), as_call({"a": 1})) == ("none", "None", "{'a': 1}")
 
 
 def test_a_validation_costs_what_stands_in_the_training_row_at_or_after_it() -> None:

@@ -27,6 +27,7 @@ INCIDENTAL = (
     "run.project",
     "ckpt_path",
     "trainer.default_root_dir",
+    "data.seed",  # train.py takes it from seed_everything
 )
 
 
@@ -135,10 +136,20 @@ def as_markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def as_call(value: Any) -> str:
+    """A config's value for a table: classes as calls, as in `NearDuplicates(threshold=0.7)`."""
+    if isinstance(value, list):
+        return ", ".join(map(as_call, value)) or "none"
+    if isinstance(value, Mapping) and "class_path" in value:
+        arguments = ", ".join(f"{key}={as_call(v)}" for key, v in (value.get("init_args") or {}).items())
+        return str(value["class_path"]).rpartition(".")[2] + (f"({arguments})" if arguments else "")
+    return str(value)
+
+
 def report(runs: Sequence[RunData]) -> str:
     """Config differences and metrics as markdown."""
     differences = config_differences(runs)
-    rows = [[f"`{key}`", *values] for key, values in differences.items()]
+    rows = [[f"`{key}`", *map(as_call, values)] for key, values in differences.items()]
     parts = ["## What differs", ""]
     if rows:
         parts.append(as_markdown(["key", *(run.name for run in runs)], rows))
@@ -186,7 +197,8 @@ def comparison_figure(runs: Sequence[RunData]) -> Figure:
         panel.set(xlabel=label, xscale="log" if shown else "linear")
         if shown:
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+            # A thousandth of a dollar is not to be read as millions.
+            panel.xaxis.set_major_formatter("{x:g}" if axis == "cost/dollars" else EngFormatter(sep=""))
             panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3, which="both")
     for panel in panels[::2]:
