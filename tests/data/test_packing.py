@@ -12,7 +12,7 @@ from frugal.data.documents import Document
 from frugal.data.packing import prepare
 from frugal.data.sources import KingJames, LocalText
 from frugal.data.splits import split_documents
-from frugal.data.tokenization import TokenizerConfig, token_byte_lengths
+from frugal.data.tokenization import TokenizerConfig, pieces, token_byte_lengths
 from frugal.errors import UserError
 
 LINES = "".join(f"line {i} of the text, with é and 🙂\n" for i in range(300))
@@ -156,6 +156,13 @@ def test_one_very_long_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert np.array_equal(made[0].train, made[1].train) and np.array_equal(made[0].val, made[1].val)
     assert made[0].tokenizer.decode(made[0].train[:50].tolist()).startswith("a word and a word")
     assert made[0].tokenizer.decode(made[0].train[-50:].tolist()).endswith(("a ", "word ", "and "))
+
+
+def test_a_line_of_100_megabytes_is_read_and_split(tmp_path: Path) -> None:
+    (tmp_path / "wide.jsonl").write_text('{"text": "' + "a word " * (100_000_000 // 7) + '"}')
+    ((head,), (tail,)) = texts(split_documents(LocalText(str(tmp_path / "wide.jsonl")).documents(), 0.05))
+    assert len(head) + len(tail) == 99_999_998 - 99_999_998 % 7 and len(tail) == pytest.approx(5e6, rel=1e-3)
+    assert head.endswith(" ") and max(map(len, pieces(head))) < 2**16 + 10
 
 
 def test_a_truncated_cache_is_refused(source: LocalText, tmp_path: Path) -> None:

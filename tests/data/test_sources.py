@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -100,6 +100,22 @@ def test_hub_text_streams(dataset: str) -> None:
         HubText(dataset, streaming=True)
     with pytest.raises(UserError, match=r"data\.source\.max_documents: must be positive"):
         HubText(dataset, max_documents=0)
+
+
+def test_hub_text_says_when_a_stream_breaks_off(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def select_columns(self, names: list[str]) -> "Broken":
+            return self
+
+        def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
+            yield {"text": ["one"]}
+            raise ConnectionError("the other side\nhung up")
+
+    monkeypatch.setattr(HubText, "_load", lambda self: Broken())
+    documents = HubText(dataset).documents()
+    assert next(documents) == "one"
+    with pytest.raises(UserError, match=r"data\.source\.path: cannot read on in .*: the other side$"):
+        next(documents)
 
 
 def test_hub_text_errors_are_one_line(dataset: str) -> None:

@@ -355,8 +355,7 @@ class HubText(Source):
                     self.path, self.config_name, split=self.split, revision=self.revision, streaming=self.streaming
                 )
             except Exception as error:  # the library raises many kinds; each is about what was asked for
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise UserError(f"data.source.path: cannot load dataset {self.path!r}: {reason}") from None
+                raise UserError(f"data.source.path: cannot load dataset {self.path!r}: {_first_line(error)}") from None
             names = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know them
             if self.text_key not in names:
                 columns = ", ".join(names)
@@ -370,8 +369,15 @@ class HubText(Source):
 
     def documents(self) -> Iterator[str]:
         """The text column's non-empty rows."""
-        for batch in self._load().select_columns([self.text_key]).iter(batch_size=1000):
+        batches = self._load().select_columns([self.text_key]).iter(batch_size=1000)
+        while batch := self._next(batches):
             yield from (text for text in batch[self.text_key] if isinstance(text, str) and text.strip())
+
+    def _next(self, batches: Iterator[dict[str, list[Any]]]) -> dict[str, list[Any]] | None:
+        try:
+            return next(batches, None)
+        except Exception as error:  # a stream breaks off, a file is damaged: in as many ways as there are formats
+            raise UserError(f"data.source.path: cannot read on in {self.path!r}: {_first_line(error)}") from None
 
     def fingerprint(self) -> str:
         """The dataset's own fingerprint and the column; for a stream, everything that says what is read."""
@@ -383,6 +389,10 @@ class HubText(Source):
             local = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
             return _hash_files(local, settings)
         return hashlib.sha256(f"{self._load()._fingerprint} {self.text_key}".encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _decode(raw: bytes, where: str) -> str:
