@@ -29,6 +29,7 @@ class Received:
     operations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     streams: list[dict[str, Any]] = field(default_factory=list)  # of the run's history, summary and console
     files: dict[str, bytes] = field(default_factory=dict)
+    vanished: bool = False  # no answer from now on
 
     def variables(self, operation: str) -> list[dict[str, Any]]:
         """Of every call of a GraphQL operation."""
@@ -114,6 +115,9 @@ class Handler(BaseHTTPRequestHandler):
         return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
 
     def _reply(self, content: Any) -> None:
+        if self.received.vanished:
+            self.close_connection = True
+            return
         data = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -125,7 +129,9 @@ class Handler(BaseHTTPRequestHandler):
         self._reply({})
 
     def do_PUT(self) -> None:
-        self.received.files[self.path.removeprefix("/upload/")] = self._body()
+        body = self._body()
+        if not self.received.vanished:
+            self.received.files[self.path.removeprefix("/upload/")] = body
         self._reply({})
 
     def do_POST(self) -> None:
@@ -134,14 +140,16 @@ class Handler(BaseHTTPRequestHandler):
             self._reply({})
             return
         content = json.loads(body)
-        if "file_stream" in self.path:
+        if self.received.vanished:
+            self._reply({})
+        elif "file_stream" in self.path:
             self.received.streams.append(content)
             self._reply({"limits": {}})
-            return
-        found = re.search(r"(?:query|mutation)\s+(\w+)", content.get("query", ""))
-        operation, variables = found[1] if found else "?", content.get("variables") or {}
-        self.received.operations.append((operation, variables))
-        self._reply({"data": answer(operation, variables, self.received)})
+        else:
+            found = re.search(r"(?:query|mutation)\s+(\w+)", content.get("query", ""))
+            operation, variables = found[1] if found else "?", content.get("variables") or {}
+            self.received.operations.append((operation, variables))
+            self._reply({"data": answer(operation, variables, self.received)})
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,52 @@ def test_what_cannot_be_compared_online_is_one_line(server: Received, monkeypatc
     monkeypatch.setattr("wandb.Api.runs", lambda *_: 1 / 0)
     with pytest.raises(UserError, match="W&B has no such project or does not answer: division by zero"):
         read_runs(["someone/frugal"])
+
+
+VANISHES = """
+import sys, time
+from pathlib import Path
+import frugal.callbacks.routing as routing
+import frugal.training.loggers as loggers
+loggers.INIT_TIMEOUT = loggers.FINISH_TIMEOUT = int(sys.argv.pop())
+step_end = routing.RoutingMonitor.on_train_batch_end
+def on_step_end(self, trainer, *args):
+    step_end(self, trainer, *args)
+    if trainer.global_step == 5:
+        Path("at step 5").touch()
+        while not Path("go on").is_file():
+            time.sleep(0.01)
+routing.RoutingMonitor.on_train_batch_end = on_step_end
+from frugal.cli.train import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["at the start", "in the middle"])
+def test_a_run_outlives_the_server_and_sync_sends_all_of_it_later(project: Path, when: str) -> None:
+    Path("vanishes.py").write_text(VANISHES)
+    environment = {**os.environ, "WANDB_API_KEY": "x" * 40, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "vanishes.py", "fit", "--config", "tiny.yaml", "--run.wandb", "online", "5"]
+    with wandb_server() as received:
+        received.vanished = when == "at the start"
+        environment["WANDB_BASE_URL"] = received.url
+        training = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        while training.poll() is None and not Path("at step 5").is_file():
+            time.sleep(0.05)
+        received.vanished = True
+        Path("go on").touch()
+        said = training.communicate()[1]
+    assert training.returncode == 0, said
+    (folder,) = Path("runs/base").iterdir()
+    assert ("W&B cannot be reached" in said) == (when == "at the start"), said
+    (kept,) = folder.glob(f"wandb/{'offline-' if when == 'at the start' else ''}run-*/*.wandb")
+    with wandb_server() as received:
+        start(received, str(Path(sys.executable).parent / "wandb"), "sync", "--include-online", str(kept.parent))
+        names = {variables.get("name") for variables in sent(received, "UpsertBucket")}
+        rows = received.history()
+    assert names == {folder.name}
+    logged = read_lines(folder / "metrics.jsonl")
+    for key in ("train/loss", "val/loss"):
+        wanted = [(row["step"], pytest.approx(row[key])) for row in logged if key in row]
+        assert [(row["trainer/global_step"], row[key]) for row in rows if key in row] == wanted

@@ -76,8 +76,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 def test_so_many_states_are_kept(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "last.ckpt"
     for step in range(5):
-        keep_copies(path, keep)
-        write_sealed({**CONTENT, "global_step": step}, path)
+        with keep_copies(path, keep):
+            write_sealed({**CONTENT, "global_step": step}, path)
+    with pytest.raises(UserError), keep_copies(path, keep):
+        raise UserError("the new state is refused")
     steps = {file.name: torch.load(file, weights_only=True)["global_step"] for file in tmp_path.iterdir()}
     assert steps == dict(list({"last.ckpt": 4, "last.1.ckpt": 3, "last.2.ckpt": 2}.items())[:keep])
 
@@ -85,11 +87,11 @@ def test_so_many_states_are_kept(tmp_path: Path, keep: int) -> None:
 def test_folders_of_shards_are_kept_too(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     for step in range(3):
-        keep_copies(path, 2)
-        (path / "shards").mkdir(parents=True, exist_ok=True)
-        new = path / "shards" / "new"
-        new.write_text(str(step))
-        new.replace(path / "shards/0")
+        with keep_copies(path, 2):
+            (path / "shards").mkdir(parents=True, exist_ok=True)
+            new = path / "shards" / "new"
+            new.write_text(str(step))
+            new.replace(path / "shards/0")
     assert (path / "shards/0").read_text() == "2" and (tmp_path / "last.1.ckpt/shards/0").read_text() == "1"
     assert len(list(tmp_path.iterdir())) == 2
 

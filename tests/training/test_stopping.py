@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run as start
 
 import frugal.callbacks.routing as routing
 from frugal.tracking.run_folder import read_lines
@@ -86,6 +87,8 @@ def test_the_signal_of_one_rank_stops_all(project: Path) -> None:
         "    step_end(self, trainer, *args)\n"
         "    if trainer.global_rank == 1 and trainer.global_step == 5 and 'KILL' in os.environ:\n"
         "        os.kill(os.getpid(), int(os.environ['KILL']))\n"
+        "    if trainer.global_step == 5 and 'POISON' in os.environ:\n"
+        "        args[0].model.norm.weight.data[0] = float('nan')\n"
         "routing.RoutingMonitor.on_train_batch_end = on_step_end\n"
         "from frugal.cli.train import main\n"
         "main()\n"
@@ -97,15 +100,22 @@ def test_the_signal_of_one_rank_stops_all(project: Path) -> None:
     def run(name: str, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, "--run.name", name], capture_output=True, text=True, env=os.environ | more)
 
-    assert run("whole").returncode == 0
     stopped = run("cut", KILL=str(int(signal.SIGTERM)))
     assert stopped.returncode == 75, stopped.stderr
     assert "SIGTERM: stopped at step 5 of 12 and saved" in stopped.stderr and "Traceback" not in stopped.stderr
     (folder,) = Path("runs/cut").iterdir()
     assert last(folder)["global_step"] == 5
-    # A rank that dies without a word: the others end too.
-    died = run("cut", KILL=str(int(signal.SIGKILL)))
-    assert died.returncode == 0  # step 5 is behind it
-    (whole,) = Path("runs/whole").iterdir()
-    assert weights_agree(whole, folder) and losses(whole) == losses(folder)
-    assert run("dead", KILL=str(int(signal.SIGKILL))).returncode != 0
+    options = ["fit", "--config", "tiny.yaml", "--trainer.strategy", "ddp"]
+    going_on = [*options, "--run.name", "cut", "--ckpt_path", "last"]
+    start(2, [{"folder": str(folder), "args": going_on}, {"folder": "runs/whole/it", "args": options}], project)
+    assert weights_agree(Path("runs/whole/it"), folder) and losses(Path("runs/whole/it")) == losses(folder)
+    # A rank that dies without a word: the others end too, and say so in one line.
+    dead = run("dead", KILL=str(int(signal.SIGKILL)))
+    assert dead.returncode == 1 and "Traceback" not in dead.stderr
+    (line,) = [line for line in dead.stderr.splitlines() if line.startswith("error: ")]
+    assert "another process of this run has ended" in line
+    # Both find the same fault, and one says so.
+    nan = run("nan", POISON="1")
+    assert nan.returncode == 2 and "Traceback" not in nan.stderr
+    (line,) = [line for line in nan.stderr.splitlines() if line.startswith("error: ")]
+    assert "loss or gradient is not finite at step 5" in line

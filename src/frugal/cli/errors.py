@@ -1,4 +1,7 @@
-"""A fault of the user's is one line on stderr and exit code 2; a fault of ours keeps its traceback."""
+"""A fault of the user's is one line on stderr and exit code 2; a fault of ours keeps its traceback.
+
+Of several processes that fail together one speaks.
+"""
 
 from __future__ import annotations
 
@@ -59,3 +62,45 @@ def one_line_errors(known_keys: Iterable[str] = ()) -> Iterator[None]:
         message = str(error) if isinstance(error, UserError) else one_line(str(error), known_keys)
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Among processes that train together: the first that fails says why, and those that lose it do not say how.
+
+    Raises:
+        SystemExit: with code 2 if another one has told the user's fault already; with code 1, after one line, if a
+            process is gone: that may be tried again.
+    """
+    try:
+        yield
+    except UserError:
+        if not _is_first_to_fail(alone=False):
+            sys.exit(2)
+        raise
+    except RuntimeError as error:
+        if not _is_loss_of_a_process(error):
+            raise
+        if _is_first_to_fail(alone=True):
+            told = "another process of this run has ended (killed, if it said nothing); go on with --ckpt_path last"
+            print(f"error: {told}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _is_loss_of_a_process(error: RuntimeError) -> bool:
+    """Whether a collective failed: gloo has no class of its own for that."""
+    import torch.distributed as dist
+
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
+
+
+def _is_first_to_fail(alone: bool) -> bool:
+    """Whether no other process has asked this before; `alone` if the process that counts them is gone, too."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("frugal/failed", 1) == 1
+    except RuntimeError:
+        return alone

@@ -27,7 +27,7 @@ from frugal.callbacks.report import RunReport
 from frugal.callbacks.routing import RoutingMonitor
 from frugal.callbacks.samples import TextSamples
 from frugal.cli.base_config import base_for, class_keys
-from frugal.cli.errors import one_line, one_line_errors
+from frugal.cli.errors import one_line, one_line_errors, one_voice
 from frugal.cli.memory import keep_freed_memory
 from frugal.data.datamodule import TextDataModule
 from frugal.data.image_datamodule import ImageDataModule
@@ -288,7 +288,7 @@ def main(args: list[str] | None = None, started: float | None = None) -> None:
         sys.argv[1:] = null_as_mapping(overlays_first(sys.argv[1:]))
     else:
         args = null_as_mapping(args)
-    with one_line_errors(OPTIONS):
+    with one_line_errors(OPTIONS), one_voice():
         _start(FrugalCLI, args)
 
 

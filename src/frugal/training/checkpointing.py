@@ -7,6 +7,8 @@ import logging
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,31 +95,43 @@ def good_checkpoint(folder: RunFolder) -> Path:
     raise UserError(f"ckpt_path: {'; '.join(wrongs)}; no other checkpoint of the run is left")
 
 
-def keep_copies(path: Path, keep: int) -> None:
-    """Before `last.ckpt` is written anew, keep what is there as `last.1.ckpt`, the one before as `last.2.ckpt`, ...
+@contextmanager
+def keep_copies(path: Path, keep: int) -> Iterator[None]:
+    """While `last.ckpt` is written anew inside: what was there becomes `last.1.ckpt`, that one `last.2.ckpt`, ...
 
-    Links, not copies: it costs no time, and `last.ckpt` is there at every moment.
+    If the new state cannot be written, or is refused, all stay what they are. Links, not copies: it costs no time, and
+    `last.ckpt` is there at every moment.
 
     Args:
         path: the checkpoint, a file or a folder of shards.
-        keep: how many states are to be there once the new one is written.
+        keep: how many states are to be there in the end.
     """
-    if keep < 2 or not path.exists():
-        return
-    places = [path, *(path.with_suffix(f".{i}.ckpt") for i in range(1, keep))]
-    if places[-1].is_dir():
-        shutil.rmtree(places[-1])
-    for older, newer in reversed(list(itertools.pairwise(places))[1:]):  # pairs (last.1, last.2), ...
-        if older.exists():
-            older.replace(newer)
+    places = [path.with_name(f".{path.name}.before"), *(path.with_suffix(f".{i}.ckpt") for i in range(1, keep))]
+    _remove(places[0])  # of a process that was killed
+    if keep > 1 and path.is_dir():
+        shutil.copytree(path, places[0], copy_function=_link)
+    elif keep > 1 and path.exists():
+        _link(path, places[0])
+    try:
+        yield
+    except BaseException:
+        _remove(places[0])
+        raise
+    if places[0].exists():
+        _remove(places[-1])
+        for older, newer in reversed(list(itertools.pairwise(places))):
+            if older.exists():
+                older.replace(newer)
+
+
+def _remove(path: Path) -> None:
     if path.is_dir():
-        shutil.copytree(path, places[1], copy_function=_link)
+        shutil.rmtree(path)
     else:
-        _link(path, places[1])
+        path.unlink(missing_ok=True)
 
 
 def _link(source: Any, target: Any) -> None:
-    Path(target).unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:  # a file system without links
@@ -205,10 +219,10 @@ class LastCheckpoint(_UsableCheckpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
-            # Over a damaged last.ckpt the new one is written at once: kept, it would push out the good one before it.
-            if trainer.is_global_zero and self.dirpath is not None and not self._fell_back:
-                keep_copies(Path(self.dirpath) / "last.ckpt", self._keep)
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            # A damaged last.ckpt is not kept: it would push out the good one before it.
+            keeps = trainer.is_global_zero and self.dirpath is not None and not self._fell_back
+            with keep_copies(Path(self.dirpath or "") / "last.ckpt", self._keep) if keeps else nullcontext():
+                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
             self._fell_back = False
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -121,7 +121,11 @@ class SafeWandbLogger(WandbLogger):
         # wandb looks for git from the run's folder upwards, so the folder must be there.
         self._folder.path.mkdir(parents=True, exist_ok=True)
         try:
-            return make(self)
+            run = make(self)
+            # Before each table and artifact W&B asks the server whether its type is known, and waits 20 s if that has
+            # vanished. It is optional: without an answer it goes on as with one.
+            run._assert_can_log_artifact = lambda artifact: None
+            return run
         except Exception as error:
             if self._wandb_init.get("mode") != "online":
                 self._broken = True
