@@ -68,6 +68,9 @@ def test_the_account_adds_up() -> None:
     }
     assert whole["coverage"]["source"]["b"] == {"documents": 2, "dropped": 2, "share": 1.0}
     assert "| source: b | 2 | 2 | 100.0% |" in report.as_markdown(whole)
+    sized = [Document("a" * size) for size in (5_000, 50, 500)]
+    whole = report.build_report(sized, pipeline.Curated(sized, [0, 1, 2], [pipeline.Account("none")], 0.0), {})
+    assert list(whole["coverage"]["length"]) == ["under 100 bytes", "under 1,000 bytes", "under 10,000 bytes"]
 
 
 def test_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

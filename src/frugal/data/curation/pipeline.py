@@ -28,6 +28,7 @@ from frugal.errors import UserError, require
 VERSION = 2  # part of the fingerprint: raise it when a verdict changes
 CHUNK_BYTES = 2**20  # text that a worker process is given at a time
 PARALLEL_BYTES = 8 * 2**20  # less text than this is not worth a second process
+BANDS = {f"under {limit:,} bytes": limit for limit in (100, 1_000, 10_000, 100_000)} | {"more": sys.maxsize}
 TERMS = {
     "she": ("she", "her", "hers", "woman", "women", "girl", "mother", "daughter", "sister", "wife", "queen"),
     "he": ("he", "him", "his", "man", "men", "boy", "father", "son", "brother", "husband", "king"),
@@ -298,7 +299,7 @@ def measured_groups(documents: Iterable[Document], terms: dict[str, list[str]]) 
     lists = {name: frozenset(word.lower() for word in words) for name, words in terms.items()}
     for document in documents:
         size = text_bytes(document.text)
-        band = next((f"under {limit:,} bytes" for limit in (100, 1_000, 10_000, 100_000) if size < limit), "more")
+        band = next(name for name, limit in BANDS.items() if size < limit)
         groups = [("source", document.source), ("length", band)]
         if lists:
             words = set(Measured(document.text).plain_words)

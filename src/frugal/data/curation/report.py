@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from frugal.data.curation.pipeline import Curated, measured_groups
+from frugal.data.curation.pipeline import BANDS, Curated, measured_groups
 from frugal.data.documents import Document
 
 
@@ -27,7 +27,9 @@ def build_report(documents: Sequence[Document], curated: Curated, terms: dict[st
             lost.update(groups)
     coverage: dict[str, dict[str, dict[str, float]]] = {"all": {}}
     coverage["all"]["all"] = _share(len(documents), len(documents) - len(kept))
-    for (kind, name), count in sorted(there.items()):
+    for (kind, name), count in sorted(
+        there.items(), key=lambda item: (item[0][0], BANDS.get(item[0][1], 0), item[0][1])
+    ):
         coverage.setdefault(kind, {})[name] = _share(count, lost[kind, name])
     filters = [
         {
@@ -107,25 +109,29 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """What each filter left out, and what share of each group is gone."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 0.35 * (len(report["filters"]) + 6) + 1), layout="constrained")
+    unit = report.get("unit", "documents")
+    groups = [(f"{kind}: {name}", row) for kind, part in report["coverage"].items() for name, row in part.items()]
+    groups = groups[:30]  # a picture of hundreds of sources says nothing
+    figure = Figure(figsize=(11, 0.3 * max(len(report["filters"]), len(groups)) + 1.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [row["filter"] for row in report["filters"]]
     places = range(len(names))  # a filter may come twice
-    left.barh(places, [row["dropped"] for row in report["filters"]], color="#c44e52", label="dropped")
-    left.barh(places, [row["changed"] for row in report["filters"]], color="#4c72b0", height=0.3, label="changed")
+    # Orange, blue and green that every common colour blindness tells apart (Okabe and Ito 2008).
+    for key, shift, color in (("dropped", -0.2, "#D55E00"), ("changed", 0.2, "#0072B2")):
+        counts = [row[key] for row in report["filters"]]
+        bars = left.barh([place + shift for place in places], counts, 0.4, color=color, label=key)
+        left.bar_label(bars, [f"{count:,}" if count else "" for count in counts], padding=2, fontsize=7)
     left.set_yticks(places, names)
-    left.set_xlabel(report.get("unit", "documents"))
-    left.set_xscale("symlog")
+    left.set(
+        xlabel=unit, xscale="symlog", title=f"{report['documents_out']:,} of {report['documents_in']:,} {unit} are kept"
+    )
+    left.margins(x=0.15)
     left.invert_yaxis()
-    left.legend()
-    groups = [
-        (f"{kind}: {name}", row["share"]) for kind, part in report["coverage"].items() for name, row in part.items()
-    ]
-    groups = groups[:30]  # a picture of hundreds of sources says nothing
-    right.barh(range(len(groups)), [share for _, share in groups], color="#55a868")
+    left.legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2, frameon=False)
+    bars = right.barh(range(len(groups)), [row["share"] for _, row in groups], color="#009E73")
+    right.bar_label(bars, [f"{row['dropped']:,} of {row['documents']:,}" for _, row in groups], padding=2, fontsize=7)
     right.set_yticks(range(len(groups)), [name[:40] for name, _ in groups])
-    right.set_xlabel(f"share of {report.get('unit', 'documents')} left out")
-    right.set_xlim(0, 1)
+    right.set(xlabel=f"share of {unit} left out", xlim=(0, 1.25), xticks=[0, 0.25, 0.5, 0.75, 1])
     right.invert_yaxis()
     figure.savefig(path, dpi=110)
 
