@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from frugal.cli.verbs import main
 from frugal.errors import UserError
-from frugal.tracking.compare import AXES, as_call, comparison_figure, config_differences, curve, metric_table, pareto
+from frugal.tracking.compare import (
+    AXES,
+    as_call,
+    comparison_figure,
+    config_differences,
+    curve,
+    loss_of,
+    metric_table,
+    pareto,
+)
 from frugal.tracking.read_runs import RunData, flat, read_runs
 
 
@@ -43,6 +52,15 @@ def test_a_validation_costs_what_stands_in_the_training_row_at_or_after_it() -> 
     ]
     assert curve(run("a", rows=rows), "cost/flops") == [(50.0, 3.0), (100.0, 2.0), (100.0, 1.9)]
     assert curve(run("a", rows=rows), "cost/dollars") == []
+
+
+def test_runs_without_bits_per_byte_are_compared_by_their_loss() -> None:
+    rows = [{"step": 0, "cost/tokens": 10.0}, {"step": 0, "val/loss": 0.2, "val/accuracy": 0.9}]
+    images = [run("a/1", rows=rows)]
+    header, table = metric_table(images)
+    assert table[0][header.index("validation loss")] == "0.2000"
+    assert comparison_figure(images).axes[0].get_ylabel() == "validation loss"
+    assert loss_of([run("t", rows=[{"step": 1, "val/bits_per_byte": 1.0}]), *images]) == "val/bits_per_byte"
 
 
 POINTS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from("abc")), min_size=1, max_size=12)

@@ -14,7 +14,7 @@ from frugal.units import short
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOSS = "val/bits_per_byte"
+LOSSES = {"val/bits_per_byte": "bits per byte", "val/loss": "validation loss"}  # the first that the runs have
 AXES = {"cost/tokens": "tokens", "cost/flops": "FLOPs", "cost/seconds": "seconds", "cost/dollars": "US dollars"}
 # What a run is called and where it lies says nothing about what it does.
 INCIDENTAL = (
@@ -58,7 +58,12 @@ def config_differences(runs: Sequence[RunData]) -> dict[str, list[Any]]:
     }
 
 
-def curve(run: RunData, axis: str) -> list[tuple[float, float]]:
+def loss_of(runs: Sequence[RunData]) -> str:
+    """The metric by which runs are compared: bits per byte, or where none has it (images) the validation loss."""
+    return next((key for key in LOSSES if any(key in row for run in runs for row in run.rows)), next(iter(LOSSES)))
+
+
+def curve(run: RunData, axis: str, loss: str = "val/bits_per_byte") -> list[tuple[float, float]]:
     """(cost, validation loss) along a run; the cost at a validation is that of the training row at or next after it.
 
     Runs log their costs every few steps. A last validation after the last such row takes that row's cost.
@@ -67,9 +72,9 @@ def curve(run: RunData, axis: str) -> list[tuple[float, float]]:
     steps = [step for step, _ in costs]
     points = []
     for row in run.rows:
-        if LOSS in row and costs:
+        if loss in row and costs:
             at = min(bisect.bisect_left(steps, row["step"]), len(costs) - 1)
-            points.append((costs[at][1], row[LOSS]))
+            points.append((costs[at][1], row[loss]))
     return points
 
 
@@ -87,15 +92,17 @@ def pareto(points: Iterable[tuple[float, float, str]]) -> list[tuple[float, floa
 
 def front_of(runs: Sequence[RunData], axis: str) -> list[tuple[float, float, str]]:
     """The Pareto front over every validation of every run."""
-    return pareto((cost, loss, run.name) for run in runs for cost, loss in curve(run, axis))
+    key = loss_of(runs)
+    return pareto((cost, loss, run.name) for run in runs for cost, loss in curve(run, axis, key))
 
 
 def metric_table(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: best loss, costs at the end, speed, and on which axes the run lies on the Pareto front."""
+    key = loss_of(runs)
     fronts = {axis: {name for _, _, name in front_of(runs, axis)} for axis in AXES}
     header = [
         "run",
-        "bits per byte",
+        LOSSES[key],
         "steps",
         "tokens",
         "FLOPs",
@@ -110,7 +117,7 @@ def metric_table(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
         last: dict[str, Any] = {}
         for row in run.rows:
             last |= row
-        losses = [row[LOSS] for row in run.rows if LOSS in row]
+        losses = [row[key] for row in run.rows if key in row]
         front = [AXES[axis] for axis, names in fronts.items() if run.name in names]
         figures = [
             f"{min(losses):.4f}" if losses else "",
@@ -163,6 +170,7 @@ def comparison_figure(runs: Sequence[RunData]) -> Figure:
     """Validation loss against tokens, FLOPs, seconds and dollars; the Pareto front over all validations is ringed."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+    key = loss_of(runs)
     groups = list(dict.fromkeys(run.name.split("/")[0] for run in runs))
     single = len(runs) <= len(OKABE_ITO)
     figure = new_figure(figsize=(11, 7.5))
@@ -170,7 +178,7 @@ def comparison_figure(runs: Sequence[RunData]) -> Figure:
     for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
         shown = []
         for number, run in enumerate(runs):
-            points = [point for point in curve(run, axis) if point[0] > 0 and math.isfinite(point[1])]
+            points = [point for point in curve(run, axis, key) if point[0] > 0 and math.isfinite(point[1])]
             if not points:
                 continue
             colour = OKABE_ITO[(number if single else groups.index(run.name.split("/")[0])) % len(OKABE_ITO)]
@@ -202,7 +210,7 @@ def comparison_figure(runs: Sequence[RunData]) -> Figure:
             panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3, which="both")
     for panel in panels[::2]:
-        panel.set_ylabel("validation loss (bits per byte)")
+        panel.set_ylabel("validation loss" + (" (bits per byte)" if key == "val/bits_per_byte" else ""))
     handles, labels = panels[0].get_legend_handles_labels()
     by_label = dict(zip(labels, handles, strict=True))
     figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)

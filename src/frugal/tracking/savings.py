@@ -16,7 +16,7 @@ Points = Mapping[str, Mapping[int, Sequence[tuple[float, Point]]]]  # by arm and
 
 @dataclass(frozen=True)
 class Finding:
-    """An arm against a reference: ratios of costs, and the difference of losses at one length (bits per byte)."""
+    """An arm against a reference: ratios of costs, and the difference of the study's metric at one length."""
 
     arm: str
     reference: str
@@ -110,6 +110,6 @@ def recipe_effects(study: Study, findings: Sequence[Finding]) -> tuple[list[Part
 
 
 def seed_noise(points: Points, arm: str) -> float | None:
-    """Standard deviation of an arm's loss at length 1 over the seeds (bits per byte)."""
+    """Standard deviation of an arm's loss at length 1 over the seeds."""
     losses = [dict(runs)[1.0].loss for runs in points.get(arm, {}).values() if 1.0 in dict(runs)]
     return statistics.stdev(losses) if len(losses) > 1 else None

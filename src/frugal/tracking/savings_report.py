@@ -137,11 +137,8 @@ def markdown(
     arms = {arm.name: arm for arm in study.all_arms()}
     base = study.base.name
     noise = seed_noise(points, base)
-    target = (
-        "the baseline's final loss of the same seed"
-        if study.target == "baseline"
-        else f"{study.target:g} bits per byte"
-    )
+    unit = "bits per byte" if study.metric.endswith("bits_per_byte") else study.metric
+    target = "the baseline's final loss of the same seed" if study.target == "baseline" else f"{study.target:g} {unit}"
     lines = [f"# Savings study: {name}", "", study.question, ""]
     lines += [
         f"Target: {target}. Baseline: {study.steps:,} steps. {len(study.seeds)} paired seeds. "
@@ -151,7 +148,7 @@ def markdown(
         + ".",
     ]
     if noise is not None:
-        lines.append(f"Standard deviation of the baseline's loss over the seeds: {noise:.4f} bits per byte.")
+        lines.append(f"Standard deviation of the baseline's loss over the seeds: {noise:.4f} {unit}.")
     lines += ["", *conditions, "", f"![ratios of costs]({name}.png)", ""]
     shown = [axis for axis in AXES if any(axis in f.ratios for f in findings)]
     header = "| arm | " + " | ".join(LABELS[axis] for axis in shown) + " | loss at full length less the reference's |"
@@ -186,7 +183,7 @@ def markdown(
         "",
         "## The runs",
         "",
-        "| arm | seed | share of the steps | bits per byte | TFLOPs | seconds |",
+        f"| arm | seed | share of the steps | {unit} | TFLOPs | seconds |",
         "|" + "---|" * 6,
     ]
     for arm, by_seed in points.items():
