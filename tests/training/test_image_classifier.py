@@ -167,7 +167,9 @@ def test_an_interrupted_run_goes_on_exactly(digits: Any, resumes_exactly: Callab
         "--data.resolutions",
         "[{start: 0, image_size: 4}, {start: 7, image_size: 8}]",
         "--data.adaptive",
-        "{by: compressibility, every: 2, lead: 2, bands: 2}",
+        "{by: compressibility, every: 2, lead: 4, bands: 2}",
+        "--data.num_workers",
+        "1",
         "--freezing.importance",
         "{measure: fisher, unit: expert, share: 0.5, measure_steps: 2, freeze_steps: 3}",
     )
