@@ -181,8 +181,9 @@ def comparison_figure(runs: Sequence[RunData]) -> Figure:
             points = [point for point in curve(run, axis, key) if point[0] > 0 and math.isfinite(point[1])]
             if not points:
                 continue
-            colour = OKABE_ITO[(number if single else groups.index(run.name.split("/")[0])) % len(OKABE_ITO)]
-            marker = "osD^vPX*"[number % 8] if single else "o"
+            kind = number if single else groups.index(run.name.split("/")[0])
+            colour = OKABE_ITO[kind % len(OKABE_ITO)]
+            marker = "osD^vPX*"[(kind if single else kind // len(OKABE_ITO)) % 8]
             panel.plot(
                 *zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.2, label=run.name
             )
