@@ -22,7 +22,7 @@ STYLES = {
     "ties": ("#000000", "o"),
     "costs": ("#D55E00", "^"),
     "one seed": ("#999999", "s"),
-    "failed": ("#999999", "x"),
+    "open": ("#999999", "x"),
 }
 
 
@@ -117,11 +117,12 @@ def cell(one: Ratio | None) -> str:
     return f"**{one.verdict}** {sign}{one.estimate:.2f} [{one.low:.2f}, {high}]{bounded}"
 
 
-def loss_cell(loss: tuple[float, float, float] | None) -> str:
-    """A difference of losses with its interval."""
+def loss_cell(loss: tuple[float, float, float] | None, noise: float | None) -> str:
+    """A difference of losses with its interval, and how large it is beside the baseline's deviation over the seeds."""
     if loss is None:
         return ""
-    return f"{loss[0]:+.4f}" + (f" [{loss[1]:+.4f}, {loss[2]:+.4f}]" if math.isfinite(loss[1]) else " (one seed)")
+    interval = f" [{loss[1]:+.4f}, {loss[2]:+.4f}]" if math.isfinite(loss[1]) else " (one seed)"
+    return f"{loss[0]:+.4f}{interval}" + (f", {abs(loss[0]) / noise:.1f} deviations" if noise else "")
 
 
 def markdown(
@@ -157,13 +158,15 @@ def markdown(
     for found in (f for f in findings if f.reference == base):
         cells = [cell(found.ratios.get(axis)) for axis in shown]
         note = f" ({found.note})" if found.note else ""
-        lines.append(f"| {found.arm}{note} | " + " | ".join(cells) + f" | {loss_cell(found.loss)} |")
+        lines.append(f"| {found.arm}{note} | " + " | ".join(cells) + f" | {loss_cell(found.loss, noise)} |")
     lines += ["", *(f"- {arm.name}: {arm.about}" for arm in arms.values() if arm.about)]
     if controlled := [f for f in findings if f.reference != base]:
         lines += ["", "## Against the fair controls", "", header.replace("arm", "arm / its control", 1), rule]
         for found in controlled:
             cells = [cell(found.ratios[axis]) if axis in found.ratios else "by loss" for axis in shown]
-            lines.append(f"| {found.arm} / {found.reference} | " + " | ".join(cells) + f" | {loss_cell(found.loss)} |")
+            lines.append(
+                f"| {found.arm} / {found.reference} | " + " | ".join(cells) + f" | {loss_cell(found.loss, noise)} |"
+            )
         lines += ["", "A technique whose control does as well does not owe its saving to its idea."]
     effects, product = recipe_effects(study, findings)
     if effects and (study.add_one_in or study.leave_one_out):

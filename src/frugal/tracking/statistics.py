@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Bound = Literal["exact", "at least", "at most"]
-Verdict = Literal["saves", "ties", "costs", "one seed", "failed"]
+Verdict = Literal["saves", "ties", "costs", "open", "one seed"]
 
 
 def t_quantile(probability: float, df: int) -> float:
@@ -121,7 +121,12 @@ OPPOSITE: dict[Bound, Bound] = {"exact": "exact", "at least": "at most", "at mos
 
 
 def decide(low: float, high: float, margin: float) -> Verdict:
-    """`saves` if the whole interval lies below 1/(1 + margin), `costs` if it lies above 1 + margin, else `ties`."""
+    """`saves` if the whole interval lies below 1/(1 + margin), `costs` if it lies above 1 + margin, else `ties`.
+
+    An interval without ends, from bounds alone, leaves it `open`.
+    """
+    if low == 0 and math.isinf(high):
+        return "open"
     return "saves" if high < 1 / (1 + margin) else "costs" if low > 1 + margin else "ties"
 
 
