@@ -97,6 +97,10 @@ def test_the_engine_finds_what_was_planted(tmp_path: Path) -> None:
     text = markdown("s", STUDY, points, findings, conditions(results, 2), runs.sweeps, runs.failures)
     assert "| only-a | **saves** 0.80 [0.80, 0.80]" in text and "| only-c | **ties** 1.00" in text
     assert "3.00 times as many training seconds" in text
+    assert "| a | 0.80 | 0.80 |" in text  # alone, and within the recipe
+    alone = {arm: points[arm] for arm in ("base", "recipe")}
+    only = replace(STUDY, only=["recipe"])
+    assert "The recipe's parts" not in markdown("s", only, alone, compare(only, alone), [], {}, {})
     paths = write_report(tmp_path, "s", STUDY, points, findings, text)
     assert paths["figure"].stat().st_size > 10_000
     figure = forest_figure("s", findings, "base", 0.02)

@@ -169,7 +169,7 @@ def markdown(
             )
         lines += ["", "A technique whose control does as well does not owe its saving to its idea."]
     effects, product = recipe_effects(study, findings)
-    if effects and (study.add_one_in or study.leave_one_out):
+    if any(effect.alone or effect.within for effect in effects):
         lines += ["", "## The recipe's parts: alone, and within the recipe (recipe over recipe without it)", ""]
         lines += ["| part | " + " | ".join(f"{LABELS[a]} alone | within" for a in shown) + " |"]
         lines += ["|" + "---|" * (1 + 2 * len(shown))]
