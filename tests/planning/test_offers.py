@@ -51,6 +51,8 @@ def test_the_default_run_counts_as_the_meter_counted_it(project: Path) -> None:
     assert short.lengths == ((0, 64), (350, 128), (700, 256)) and short.tokens == 1400 * 2048
     passes = sum(n * 2048 * flops_per_token(run.model, length).training for n, length in stages)
     assert short.flops == passes + 1400 * muon_flops(run.model)
+    adamw = read_run("configs/optim/adamw.yaml+configs/experiments/021_short_first.yaml")  # the second upon the first
+    assert (adamw.steps, adamw.tokens, adamw.optimizer, adamw.eval_batch) == (1400, 1400 * 1024, "AdamW", 16)
 
 
 def test_measured_speed_by_hand() -> None:
@@ -133,6 +135,7 @@ def test_plan_calibrate_and_audit(train: object, capsys: pytest.CaptureFixture) 
 def test_bad_requests_are_one_line(project: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments, message in (
         ([], "experiment: name an experiment"),
+        (["configs/base.yaml+nothing.yaml"], "shape: no file nothing.yaml"),
         (["configs/model/deepseek_v3.yaml"], "tokens: configs/model/deepseek_v3.yaml is a shape without a run"),
         (["configs/base.yaml", "--tokens", "many"], "tokens: 'many' is no number"),
         (["configs/base.yaml", "--mfu", "3"], "mfu: must lie between 0 and 1"),

@@ -24,8 +24,8 @@ def plan(
     """Memory, time, dollars and energy of a run on each hardware row, before it; --audit RUN compares after it.
 
     Args:
-        experiment: of configs/experiments/, a run's config.yaml, or a shape of configs/model/ with --tokens; not needed
-            to audit or to calibrate alone.
+        experiment: of configs/experiments/ (a+b lays b upon a), a run's config.yaml, or a shape of configs/model/ with
+            --tokens; not needed to audit or to calibrate alone.
         hardware: rows of configs/hardware.yaml; all by default.
         devices: numbers of devices to plan for: 1 8 64. A CPU counts cores: those of this machine.
         tokens: train on so many, 300M or 14.8T, in place of trainer.max_steps.

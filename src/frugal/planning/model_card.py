@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,12 +46,7 @@ def read_shape(path: str) -> BlocksConfig:
     """
     from jsonargparse import ArgumentParser
 
-    if not Path(path).is_file():
-        raise UserError(f"shape: no file {path}")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"shape: {path} is no YAML ({' '.join(str(error).split())})") from None
+    values = read_layers(path)
     if is_run(values):
         model = values.get("model") or {}
         kind = str(model.get("class_path") or "LanguageModel").rpartition(".")[2]
@@ -69,6 +65,25 @@ def read_shape(path: str) -> BlocksConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(VisionConfig if "patch_size" in values else TransformerConfig, "transformer")
     return parser.instantiate(parser.parse_object({"transformer": values})).transformer
+
+
+def read_layers(path: str) -> Any:
+    """What a YAML file holds; of several joined by `+`, each lies upon those before it.
+
+    Raises:
+        UserError: no such file, or no YAML in it.
+    """
+    layers = []
+    for part in [path] if Path(path).is_file() else path.split("+"):
+        if not Path(part).is_file():
+            raise UserError(f"shape: no file {part}")
+        try:
+            layers.append(yaml.safe_load(Path(part).read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"shape: {part} is no YAML ({' '.join(str(error).split())})") from None
+    if len(layers) == 1 or not all(isinstance(layer, dict) for layer in layers):
+        return layers[0]
+    return reduce(overlaid, layers)
 
 
 def is_run(values: Any) -> bool:

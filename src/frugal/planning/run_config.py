@@ -11,7 +11,7 @@ import yaml
 from frugal.errors import UserError
 from frugal.model.config import TransformerConfig, flops_per_token, muon_flops
 from frugal.overlay import overlaid
-from frugal.planning.model_card import is_run, read_transformer
+from frugal.planning.model_card import is_run, read_layers, read_transformer
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_run(
     """Read an experiment, a whole config, a run's, or a bare shape of `configs/model/`.
 
     Args:
-        path: the file.
+        path: the file, or several joined by `+`, each upon those before it.
         tokens: train on so many; a bare shape has no length of its own.
         seq_len: in place of the config's; of a bare shape, 4096 or its longest.
         batch_tokens: tokens per step of a bare shape.
@@ -84,7 +84,7 @@ def read_run(
         UserError: no such file, no model of ours in it, or a bare shape without `tokens`.
     """
     model = read_transformer(path)
-    values: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    values: dict[str, Any] = read_layers(path)
     if not is_run(values):
         if tokens is None:
             raise UserError(f"tokens: {path} is a shape without a run; say how long to train, such as --tokens 1T")
@@ -94,7 +94,8 @@ def read_run(
             replace(model, max_seq_len=length), max(round(tokens / batch), 1), batch, 1, length, precision="bf16-mixed"
         )
     base = Path("configs/base.yaml")
-    if "trainer" not in values or "max_steps" not in values["trainer"] or "batch_size" not in _args(values, "data"):
+    complete = "d_model" in (_args(values, "model").get("transformer") or {})
+    if not complete or "max_steps" not in (values.get("trainer") or {}) or "batch_size" not in _args(values, "data"):
         whole = yaml.safe_load(base.read_text(encoding="utf-8")) if base.is_file() else {}
         values = overlaid(whole, values)
     data, trainer, module = _args(values, "data"), values.get("trainer") or {}, _args(values, "model")
