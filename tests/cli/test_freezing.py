@@ -35,7 +35,8 @@ def test_an_interrupted_run_goes_on_exactly(resumes_exactly: Callable[..., tuple
 
 
 def test_a_frozen_run_is_billed_for_what_it_computes(train: Train) -> None:
-    full, frozen = train("fit", "--run.name", "full"), train("fit", "--run.name", "w", "--freezing.windows", WINDOWS)
+    adamw = ("fit", "--config", "configs/optim/adamw.yaml")  # Muon's own FLOPs fall too, by another share
+    full, frozen = train(*adamw, "--run.name", "full"), train(*adamw, "--run.name", "w", "--freezing.windows", WINDOWS)
     (flops, fewer) = (json.loads((run / "summary.json").read_text())["flops"] for run in (full, frozen))
     saved = {row["step"]: row["saved_flops"] for row in read_lines(frozen / "freezing.jsonl")}
     assert fewer == pytest.approx(flops * (1 - saved[2] * 7 / 12), rel=1e-4) and saved[9] == 0 and saved[2] > 0.1
@@ -56,7 +57,8 @@ def test_switching_the_choice_of_experts_off_gives_the_stacks_their_state_back(t
     folder = train("fit", "--trainer.max_steps", "9", "--ckpt_path", "last")
     state = last(folder)
     names = [name for name in state["state_dict"] if name.endswith("experts.w13")]
-    shapes = {moments["exp_avg"].shape for moments in state["optimizer_states"][0]["state"].values()}
+    kept = state["optimizer_states"][0]["state"].values()
+    shapes = {moments["momentum_buffer"].shape for moments in kept if "momentum_buffer" in moments}
     assert state["global_step"] == 9 and all(state["state_dict"][name].shape in shapes for name in names)
 
 
