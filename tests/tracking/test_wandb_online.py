@@ -142,7 +142,8 @@ main()
 def test_a_run_outlives_the_server_and_sync_sends_all_of_it_later(project: Path, when: str) -> None:
     Path("vanishes.py").write_text(VANISHES)
     environment = {**os.environ, "WANDB_API_KEY": "x" * 40, "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "vanishes.py", "fit", "--config", "tiny.yaml", "--run.wandb", "online", "5"]
+    command = [sys.executable, "vanishes.py", "fit", "--config", "tiny.yaml", "--run.wandb", "online"]
+    command.append("10" if when == "at the start" else "5")  # seconds; W&B's own process needs some to start, too
     with wandb_server() as received:
         received.vanished = when == "at the start"
         environment["WANDB_BASE_URL"] = received.url

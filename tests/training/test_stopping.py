@@ -1,7 +1,9 @@
 """A signal ends a run after its step, saved, with code 75; the run then goes on as if nothing had been."""
 
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +76,27 @@ def test_a_signalled_run_saves_stops_and_goes_on(
     assert cut == folder and weights_agree(whole, cut) and losses(whole) == losses(cut)
     costs = [json.loads((run / "summary.json").read_text()) for run in (whole, cut)]
     assert costs[0]["tokens_seen"] == costs[1]["tokens_seen"] and costs[0]["flops"] == costs[1]["flops"]
+
+
+def test_a_dead_loader_worker_ends_the_run_in_one_line(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    step_end = routing.RoutingMonitor.on_train_batch_end
+
+    def kill_a_worker(self: Any, trainer: Any, *args: Any) -> None:
+        step_end(self, trainer, *args)
+        if trainer.global_step == 5:
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    options = ("--data.num_workers", "2", "--trainer.max_steps", "2000", "--trainer.val_check_interval", "1000")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(routing.RoutingMonitor, "on_train_batch_end", kill_a_worker)
+        train("fit", *options)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 1 and re.match(r"error: data: DataLoader worker \(pid.*\) .*--ckpt_path last$", line)
+    (folder,) = Path("runs/base").iterdir()
+    assert last(folder)["global_step"] >= 3
+    assert last(train("fit", "--ckpt_path", "last"))["global_step"] == 12
 
 
 @pytest.mark.slow

@@ -66,11 +66,11 @@ def one_line_errors(known_keys: Iterable[str] = ()) -> Iterator[None]:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Among processes that train together: the first that fails says why, and those that lose it do not say how.
+    """What becomes of a run whose processes fail: the first that does says why, others that lose it say nothing.
 
     Raises:
-        SystemExit: with code 2 if another one has told the user's fault already; with code 1, after one line, if a
-            process is gone: that may be tried again.
+        SystemExit: with code 2 if another process has told the user's fault already; with code 1, after one line, if a
+            process or a loader's worker is gone: that may be tried again.
     """
     try:
         yield
@@ -78,20 +78,26 @@ def one_voice() -> Iterator[None]:
         if not _is_first_to_fail(alone=False):
             sys.exit(2)
         raise
-    except RuntimeError as error:
-        if not _is_loss_of_a_process(error):
+    except (RuntimeError, OSError) as error:
+        if (told := _what_is_gone(error)) is None:
             raise
         if _is_first_to_fail(alone=True):
-            told = "another process of this run has ended (killed, if it said nothing); go on with --ckpt_path last"
-            print(f"error: {told}", file=sys.stderr)
+            print(f"error: {told}; go on with --ckpt_path last", file=sys.stderr)
         sys.exit(1)
 
 
-def _is_loss_of_a_process(error: RuntimeError) -> bool:
-    """Whether a collective failed: gloo has no class of its own for that."""
+def _what_is_gone(error: BaseException) -> str | None:
+    """A process that has ended while others needed it, in words. torch and gloo have no classes of errors for that."""
     import torch.distributed as dist
 
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
+    each: BaseException | None = error
+    while each is not None:
+        if found := re.search(r"DataLoader worker \(pid.*?\) [^.\n]*", str(each)):
+            return f"data: {found[0]} (memory?)"
+        if dist.is_initialized() and (isinstance(each, dist.DistError) or "gloo/transport" in str(each)):
+            return "another process of this run has ended (killed, if it said nothing)"
+        each = each.__cause__ or each.__context__
+    return None
 
 
 def _is_first_to_fail(alone: bool) -> bool:
