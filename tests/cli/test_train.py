@@ -133,8 +133,6 @@ DROPOUT = ("--model.lora", "{rank: 2, dropout: 0.2}")
 @pytest.mark.parametrize(
     ("moment", "extra"),
     [
-        ("step 5", ()),
-        ("step 7", ()),
         ("validation", ()),
         ("step 5", SHARED_AND_AHEAD),
         (
@@ -171,6 +169,16 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(train: Train, moment: s
     before = (cut / "metrics.jsonl").read_text()
     train("fit", "--run.name", "cut", "--ckpt_path", "last", *extra)
     assert (cut / "metrics.jsonl").read_text() == before and same_weights(whole, cut)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """As `benchmarks/random_kills.py` does 20 times; it says what is wrong."""
+    script = Path(__file__).parents[2] / "benchmarks/random_kills.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "out"), "--kills", "3"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "as if never killed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
