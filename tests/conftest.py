@@ -1,5 +1,6 @@
 """Shared fixtures: a small text, and a run of `train.py` inside a scratch project."""
 
+import fcntl
 import json
 import os
 import random
@@ -69,6 +70,20 @@ def prepare_project(folder: Path) -> Path:
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "text.txt").write_text(make_text(400))
     (folder / "tiny.yaml").write_text(TINY)
+    return folder
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, once for all processes that run tests side by side."""
+    here = factory.getbasetemp()
+    folder = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / name
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
     return folder
 
 

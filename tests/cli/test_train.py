@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ranks import run as start
 
 from frugal.cli.train import null_as_mapping, overlays_first
 from frugal.schedule import WarmupStableDecay
@@ -182,16 +183,12 @@ def test_killed_at_random_moments_and_while_a_checkpoint_is_written(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(project: Path) -> None:
+def test_two_processes_do_what_one_does(train: Train, project: Path) -> None:
     """DDP over two processes sees the same global batches: losses, loads and weights agree up to rounding."""
-    train_py = str(Path(__file__).parents[2] / "train.py")
-    two = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    folders = []
-    for name, args in (("one", ["--data.batch_size", "8"]), ("two", two)):
-        command = [sys.executable, train_py, "fit", "--config", "tiny.yaml", "--run.name", name, *args]
-        command += [*SHARED_AND_AHEAD, *ADAPTIVE]
-        subprocess.run(command, check=True, capture_output=True, cwd=project)
-        folders.append(next(Path("runs", name).iterdir()))
+    options = (*SHARED_AND_AHEAD, *ADAPTIVE)
+    two = ["fit", "--config", "tiny.yaml", "--trainer.strategy", "ddp", *options]
+    start(2, [{"folder": "runs/two/it", "args": two}], project)
+    folders = [train("fit", "--run.name", "one", "--data.batch_size", "8", *options), Path("runs/two/it")]
     states = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for folder in folders]
     for key in states[0]:
         torch.testing.assert_close(states[0][key], states[1][key], atol=1e-6, rtol=1e-5, msg=key)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import made_once
 from parallel_cases import CASES, cases_of, shape
 from ranks import run
 
@@ -21,8 +22,8 @@ Found = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Found]:
-    folder = tmp_path_factory.mktemp("cases")
-    run(request.param, [{"call": "parallel_cases:check"}], folder)
+    n = request.param
+    folder = made_once(tmp_path_factory, f"cases-{n}", lambda here: run(n, [{"call": "parallel_cases:check"}], here))
     return request.param, json.loads((folder / "cases.json").read_text())
 
 

@@ -1,8 +1,6 @@
 """Number formats: float32 where it matters, a scaler that skips and backs off, exact resume, refused formats."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -254,20 +252,3 @@ def test_export_and_evaluation_of_each_precision(train: Train, tmp_path: Path) -
         assert figures["val/loss"] == pytest.approx(list(rows_of(folder, "val/loss").values())[-1], rel=1e-3)
         export_checkpoint(str(folder), str(tmp_path / f"out-{precision}"))
         assert (tmp_path / f"out-{precision}" / "config.json").is_file()
-
-
-@pytest.mark.slow
-def test_two_float16_processes_train_as_one(project: Path) -> None:
-    """The same losses up to float16's rounding, with the scaler on."""
-    train_py = str(Path(__file__).parents[2] / "train.py")
-    folders = []
-    for name, args in (
-        ("one", ["--data.batch_size", "8"]),
-        ("two", ["--trainer.devices", "2", "--trainer.strategy", "ddp"]),
-    ):
-        command = [sys.executable, train_py, "fit", "--config", "tiny.yaml", "--run.name", name, *args]
-        command += ["--trainer.accelerator", "cpu", "--trainer.precision", "16-mixed"]
-        subprocess.run(command, check=True, capture_output=True, cwd=project)
-        folders.append(next(Path("runs", name).iterdir()))
-    one, two = (rows_of(folder, "train/loss") for folder in folders)
-    assert one == pytest.approx(two, rel=2e-3)

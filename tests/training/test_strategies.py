@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, history, prepare_project, same
+from conftest import ROOT, history, made_once, prepare_project, same
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from ranks import run
 
@@ -42,7 +42,7 @@ freezing:
 expert_bias: {rate: 0.01}
 """
 STRATEGIES = {"ddp": ("ddp", 1), "fsdp2": ("fsdp2", 1), "tensor": ("fsdp2_tensor", 2), "expert": ("fsdp2_expert", 1)}
-MIXED = (("expert", "bf16-mixed"), ("tensor", "16-mixed"))
+MIXED = (("expert", "bf16-mixed", 4), ("tensor", "16-mixed", 4), ("ddp", "16-mixed", 2))
 HALF = "runs/half/it/checkpoints/last.ckpt"
 GLOBAL_BATCH = 8
 
@@ -61,25 +61,32 @@ def job(name: str, n: int, folder: str, *options: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs of this file, each number of processes started once; the folder that holds them."""
-    here = prepare_project(tmp_path_factory.mktemp("strategies"))
+    """The folder that holds all runs of this file."""
+    return made_once(tmp_path_factory, "strategies", train_all)
+
+
+def train_all(here: Path) -> None:
+    """Each number of processes is started once."""
+    prepare_project(here)
     (here / "overlay.yaml").write_text(OVERLAY)
     four = [job(name, 4, f"{name}-4") for name in STRATEGIES]
     four.append(job("expert", 4, "half", "--trainer.max_steps", "6"))
-    four += [job(name, 4, f"{name}-{precision}", "--trainer.precision", precision) for name, precision in MIXED]
+    mixed = {
+        n: [job(name, n, f"{name}-{p}", "--trainer.precision", p) for name, p, k in MIXED if k == n] for n in (2, 4)
+    }
+    four += mixed[4]
     four.append(job("fsdp2", 4, "one-file", "--trainer.strategy.save_distributed_checkpoint", "false"))
     run(4, four, here)
     two = [job(name, 2, f"{name}-2") for name in STRATEGIES]
     two += [job(name, 2, f"resumed-{name}", "--ckpt_path", HALF) for name in ("tensor", "expert")]
-    run(2, two, here)
+    run(2, two + mixed[2], here)
     whole = ["fit", "--config", "tiny.yaml", "--config", "overlay.yaml", "--data.batch_size", str(GLOBAL_BATCH)]
     one = [{"folder": "runs/one/it", "args": [*whole, "--run.name", "one"]}]
-    for _, precision in MIXED:
+    for precision in sorted({precision for _, precision, _ in MIXED}):
         options = ["--run.name", precision, "--trainer.precision", precision]
         one.append({"folder": f"runs/{precision}/it", "args": [*whole, *options]})
     one.append({"folder": "runs/resumed-one/it", "args": [*whole, "--run.name", "resumed-one", "--ckpt_path", HALF]})
     run(1, one, here)
-    return here
 
 
 def checkpoint(runs: Path, name: str) -> dict[str, Any]:
@@ -131,7 +138,7 @@ def test_each_strategy_trains_as_one_process_does(runs: Path, name: str, n: int)
     assert (one / "freezing.jsonl").read_text() == (many / "freezing.jsonl").read_text()
 
 
-@pytest.mark.parametrize(("name", "precision"), MIXED)
+@pytest.mark.parametrize(("name", "precision"), [case[:2] for case in MIXED])
 def test_mixed_precision_stays_within_its_own_noise(runs: Path, name: str, precision: str) -> None:
     def losses(folder: str) -> torch.Tensor:
         rows = history(runs / "runs" / folder / "it")
