@@ -14,3 +14,13 @@ def test_overlays_merge_as_the_command_line_merges_them() -> None:
     assert overlaid({"optimizer": {"init_args": {"lr": 1}}}, {"optimizer": {"init_args": {"b": 2}}}) == {
         "optimizer": {"init_args": {"lr": 1, "b": 2}}
     }
+
+
+def test_a_list_is_added_to_and_a_class_may_be_its_name() -> None:
+    assert overlaid({"l": [1]}, {"l+": [2]}) == {"l": [1, 2]}
+    assert overlaid({"l+": [1]}, {"l": [2]}) == {"l": [2]}
+    assert overlaid({"l": [1]}, {"l+": [3], "l": [2]}) == {"l": [2, 3]}
+    assert overlaid({"l": None}, {"l+": 1}) == {"l": [1]}
+    adamw = {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1}}}
+    assert overlaid(adamw, {"optimizer": "AdamW"})["optimizer"]["init_args"] == {"lr": 1}
+    assert overlaid(adamw, {"optimizer": "torch.optim.SGD"}) == {"optimizer": {"class_path": "torch.optim.SGD"}}

@@ -6,22 +6,34 @@ from typing import Any
 
 
 def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """One config tree upon another: mappings key by key; lists, values and null replace; `key+` lists are joined.
+    """One config tree upon another: mappings key by key; lists, values and null replace; `key+` adds to a list.
 
-    Another `class_path` drops the settings of the class before it; settings may be written without `init_args`.
+    A class may be written as its name alone, its settings without `init_args`. Unlike the command line, which keeps
+    those settings of the class before that another `class_path` also accepts, this drops all of them: it imports no
+    class and cannot know.
     """
     if "class_path" in above and _class_name(above) != _class_name(below):
         return above
     if isinstance(below.get("init_args"), dict) and not above.keys() & {"class_path", "init_args"}:
         above = {"init_args": above}
-    merged = below | above
-    for key in below.keys() & above.keys():
-        under, over = below[key], above[key]
+    merged = dict(below)
+    for key in sorted(above, key=lambda key: str(key).endswith("+")):  # a list is replaced before it is added to
+        under, over = merged.get(key), above[key]
+        if isinstance(under, dict) and isinstance(over, str) and "class_path" in under:
+            over = {"class_path": over}
         if isinstance(under, dict) and isinstance(over, dict):
-            merged[key] = overlaid(under, over)
-        elif key.endswith("+") and isinstance(under, list):
-            merged[key] = [*under, *over]
+            over = overlaid(under, over)
+        elif str(key).endswith("+"):
+            target = key[:-1] if key[:-1] in merged else key
+            key, over = target, [*_items(merged.get(target)), *_items(over)]
+        else:
+            merged.pop(f"{key}+", None)
+        merged[key] = over
     return merged
+
+
+def _items(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _class_name(values: dict[str, Any]) -> str:

@@ -51,8 +51,29 @@ def test_the_default_run_counts_as_the_meter_counted_it(project: Path) -> None:
     assert short.lengths == ((0, 64), (350, 128), (700, 256)) and short.tokens == 1400 * 2048
     passes = sum(n * 2048 * flops_per_token(run.model, length).training for n, length in stages)
     assert short.flops == passes + 1400 * muon_flops(run.model)
-    adamw = read_run("configs/optim/adamw.yaml+configs/experiments/021_short_first.yaml")  # the second upon the first
+    adamw = read_run(
+        "configs/experiments/006_adamw.yaml+configs/experiments/021_short_first.yaml"
+    )  # the second upon the first
     assert (adamw.steps, adamw.tokens, adamw.optimizer, adamw.eval_batch) == (1400, 1400 * 1024, "AdamW", 16)
+
+
+def test_an_experiment_with_its_own_shape_lies_on_the_base_and_a_whole_config_does_not(project: Path) -> None:
+    base = read_run("configs/base.yaml")
+    shape = "{d_model: 64, n_layers: 2, d_ff: 128, attention: {n_heads: 4}}"
+    Path("own.yaml").write_text(
+        f"model: {{transformer: {shape}}}\ntrainer: {{max_steps: 10}}\ndata: {{batch_size: 4}}\n"
+    )
+    own = read_run("own.yaml")
+    assert (own.optimizer, own.seq_len, own.steps, own.tokens_per_step) == ("Muon", 256, 10, 1024)
+    assert own.model.moe == base.model.moe and own.model.d_model == 64 and own.model.vocab_size == 2048
+    Path("wide.yaml").write_text("model: {transformer: {d_model: 128}}\n")
+    assert read_run("wide.yaml") == replace(base, model=replace(base.model, d_model=128))
+    Path("named.yaml").write_text("model: {optimizer: torch.optim.AdamW}\n")
+    assert read_run("named.yaml") == replace(base, optimizer="AdamW")
+    shape = f"{shape[:-1]}, vocab_size: 300, max_seq_len: 16}}"
+    whole = f"model: {{class_path: LanguageModel, init_args: {{transformer: {shape}}}}}\nseed_everything: 1\n"
+    Path("whole.yaml").write_text(whole + "trainer: {max_steps: 10, max_epochs: -1}\n")
+    assert read_run("whole.yaml").model.moe is None and read_run("whole.yaml").optimizer == "AdamW"
 
 
 def test_measured_speed_by_hand() -> None:

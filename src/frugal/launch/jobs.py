@@ -189,11 +189,19 @@ def config_of(job: Job) -> dict[str, Any]:
             whole = overlaid(whole, yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {})
     for key, value in options:
         if key != "config":
-            above = yaml.safe_load(value)
+            above = _value(value)
             for part in reversed(key.split(".")):
                 above = {part: above}
             whole = overlaid(whole, above)
     return whole
+
+
+def _value(text: str) -> Any:
+    """An option's value; what is no YAML is a string."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def steps_of(job: Job) -> tuple[int, dict[str, float]]:

@@ -8,6 +8,7 @@ submitit's own requeueing is used: the handlers of both are replaced.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ from frugal.planning.hardware import choose_hardware, load_hardware
 from frugal.planning.offers import make_offer
 from frugal.planning.run_config import read_run
 
+log = logging.getLogger(__name__)
 TOLD = (STOPPED, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2)  # the last three: before it had begun to train
 
 
@@ -159,7 +161,7 @@ class TrainingRun:
 def planned_hours(jobs: Sequence[Job], cluster: Cluster) -> float | None:
     """Time limit of an array by the plans of its jobs: the longest one and half as much again, and ten minutes.
 
-    None where that cannot be said: the cluster's file names no hardware, or a run is of a kind that is not planned for.
+    None where that cannot be said: the cluster's file names no hardware, or a run cannot be planned.
     A run that takes longer is requeued and goes on.
 
     Raises:
@@ -173,10 +175,11 @@ def planned_hours(jobs: Sequence[Job], cluster: Cluster) -> float | None:
     longest = 0.0
     for job in jobs:
         file = job.place / "planned.yaml"
-        file.write_text(yaml.safe_dump(config_of(job)), encoding="utf-8")
         try:
+            file.write_text(yaml.safe_dump(config_of(job)), encoding="utf-8")
             seconds = make_offer(read_run(str(file)), row, devices, calibrations=recall()).seconds
-        except UserError:
+        except Exception as error:  # whatever a config holds: the run itself tells what is wrong with it
+            log.warning("no time limit by plan for %s: %s", job.id, error)
             return None
         if seconds is None:
             return None

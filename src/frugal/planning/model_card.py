@@ -38,7 +38,7 @@ def read_transformer(path: str) -> TransformerConfig:
 def read_shape(path: str) -> BlocksConfig:
     """The shape in a file of `configs/model/`, in a whole config (`configs/base.yaml`, a run's), or in an experiment.
 
-    An experiment with a language model is an overlay on `configs/base.yaml`, which is looked for in the current folder.
+    An experiment is an overlay on `configs/base.yaml`, which is looked for in the current folder.
 
     Raises:
         UserError: no such file, no YAML mapping in it, or an experiment with a model of another class.
@@ -48,6 +48,7 @@ def read_shape(path: str) -> BlocksConfig:
 
     values = read_layers(path)
     if is_run(values):
+        values = on_base(values)
         model = values.get("model") or {}
         kind = str(model.get("class_path") or "LanguageModel").rpartition(".")[2]
         shape = model.get("init_args", model).get("transformer") or {}
@@ -55,10 +56,6 @@ def read_shape(path: str) -> BlocksConfig:
             bool(shape) or kind in ("LanguageModel", "ImageClassifier"),
             f"shape: {path} trains a {kind}; only our own transformer is counted by config",
         )
-        if "d_model" not in shape and kind != "ImageClassifier" and (base := Path("configs/base.yaml")).is_file():
-            whole = yaml.safe_load(base.read_text(encoding="utf-8"))
-            shape = overlaid(whole["model"]["init_args"]["transformer"], shape)
-            values = overlaid(whole, values)
         values = _linked_to_data(values) | shape
     if not isinstance(values, dict):
         raise UserError(f"shape: {path} holds no transformer (see configs/model/ for its keys)")
@@ -89,6 +86,15 @@ def read_layers(path: str) -> Any:
 def is_run(values: Any) -> bool:
     """Whether a file's content is a run's config or an overlay on one, rather than a bare shape."""
     return isinstance(values, dict) and (isinstance(values.get("model"), dict) or bool(values.keys() & SECTIONS))
+
+
+def on_base(values: dict[str, Any]) -> dict[str, Any]:
+    """An experiment laid on `configs/base.yaml` of the current folder, if there is one; a whole config as it is."""
+    has_model = "class_path" in (values.get("model") or {})
+    whole = has_model and "seed_everything" in values and "max_epochs" in (values.get("trainer") or {})
+    if whole or not (base := Path("configs/base.yaml")).is_file():
+        return values
+    return overlaid(yaml.safe_load(base.read_text(encoding="utf-8")), values)
 
 
 def _linked_to_data(values: dict[str, Any]) -> dict[str, Any]:

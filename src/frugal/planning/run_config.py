@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from frugal.errors import UserError
 from frugal.model.config import TransformerConfig, flops_per_token, muon_flops
-from frugal.overlay import overlaid
-from frugal.planning.model_card import is_run, read_layers, read_transformer
+from frugal.planning.model_card import is_run, on_base, read_layers, read_transformer
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ def read_run(
         UserError: no such file, no model of ours in it, or a bare shape without `tokens`.
     """
     model = read_transformer(path)
-    values: dict[str, Any] = read_layers(path)
+    values = read_layers(path)
     if not is_run(values):
         if tokens is None:
             raise UserError(f"tokens: {path} is a shape without a run; say how long to train, such as --tokens 1T")
@@ -93,13 +89,10 @@ def read_run(
         return PlannedRun(
             replace(model, max_seq_len=length), max(round(tokens / batch), 1), batch, 1, length, precision="bf16-mixed"
         )
-    base = Path("configs/base.yaml")
-    complete = "d_model" in (_args(values, "model").get("transformer") or {})
-    if not complete or "max_steps" not in (values.get("trainer") or {}) or "batch_size" not in _args(values, "data"):
-        whole = yaml.safe_load(base.read_text(encoding="utf-8")) if base.is_file() else {}
-        values = overlaid(whole, values)
+    values = on_base(values)
     data, trainer, module = _args(values, "data"), values.get("trainer") or {}, _args(values, "model")
-    optimizer = str((module.get("optimizer") or {}).get("class_path", "AdamW")).rpartition(".")[2]
+    settings = _args(module, "optimizer")
+    optimizer = str(settings.get("class_path", "AdamW")).rpartition(".")[2]
     length = seq_len or int(data.get("seq_len", model.max_seq_len))
     devices = trainer.get("devices", 1)
     devices = devices if isinstance(devices, int) and devices > 0 else 1
@@ -134,6 +127,7 @@ def read_run(
 def _args(values: dict[str, Any], key: str) -> dict[str, Any]:
     """A class's arguments, whether or not `init_args` is spelt out."""
     section = values.get(key) or {}
+    section = {"class_path": section} if isinstance(section, str) else section
     return section | (section.get("init_args") or {})
 
 
