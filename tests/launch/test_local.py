@@ -77,6 +77,7 @@ def test_configs_seeds_and_grid_make_one_run_each(queue: Path) -> None:
     overlays = [Path(command[i + 1]) for i, word in enumerate(command) if word == "--config"]
     assert [path.read_text() for path in overlays] == [(queue / n).read_text() for n in ("tiny.yaml", "mine.yaml")]
     assert jobs_for([], options=["--run.name=other"])[0].name == "other"
+    assert [job.name for job in jobs_for(["base", "tiny.yaml+mine.yaml"])] == ["base", "mine"]
 
 
 def test_what_is_submitted_is_what_runs(queue: Path) -> None:

@@ -42,7 +42,7 @@ def curate(
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("frugal"):
             raise
-        raise UserError("executor: needs datatrove; pip install 'frugal[cluster]'") from None
+        raise UserError("executor: needs datatrove; pip install -e '.[cluster]'") from None
     require(tasks > 0, f"tasks: must be positive, got {tasks}")
     require(workers is None or workers > 0, f"workers: must be positive, got {workers}")
     require(executor == "local" or partition is not None, "partition: slurm needs one")

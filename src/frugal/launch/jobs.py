@@ -118,7 +118,7 @@ def jobs_for(
     """One job for each config, point of the grid and seed; code and configs are copied into each run's folder.
 
     Args:
-        configs: overlays; several that belong to one run are joined by '+'. None means the default run.
+        configs: overlays; several that belong to one run are joined by '+'. None, or base, means the default run.
         seeds: of each run; none leaves the config's.
         grid: values to try by key, in every combination.
         options: further options of `train.py fit`, for all jobs.
@@ -142,7 +142,7 @@ def jobs_for(
     found = []
     every_seed: Sequence[int | None] = list(seeds) or [None]
     for config, point, seed in itertools.product(configs or [""], points, every_seed):
-        overlays = [where / part for part in config.split("+") if part]
+        overlays = [where / part for part in config.split("+") if part not in ("", "base")]
         if missing := [path for path in overlays if not path.is_file()]:
             raise UserError(f"config: no file {missing[0]}")
         run = _run_of([where / "configs/base.yaml", *overlays], options)

@@ -162,7 +162,7 @@ def as_table(card: dict[str, Any]) -> str:
         *([("KV cache per token, bfloat16", f"{cache['bfloat16']:,} bytes")] if cache["bfloat16"] else []),
         ("training state, float32: weights", _gib(state["weights"])),
         ("  gradients", _gib(state["gradients"])),
-        ("  AdamW's moments", _gib(state["adamw"])),
+        ("  two moments", _gib(state["adamw"])),
         ("  total, without activations", _gib(state["total"])),
     ]
     width = max(len(name) for name, _ in rows)

@@ -49,7 +49,7 @@ def require_float8(wanted: Float8, precision: str, device: torch.device) -> None
     try:
         import torchao.float8  # noqa: F401
     except ImportError:
-        raise UserError('model.fp8: needs torchao; pip install "frugal[lowbit]" (or torchao)') from None
+        raise UserError('model.fp8: needs torchao; pip install -e ".[lowbit]"') from None
     if wanted.emulate:
         return
     if device.type != "cuda":

@@ -66,7 +66,7 @@ def require_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise UserError('model.lora: needs peft; pip install "frugal[lora]" (or peft)') from None
+        raise UserError('model.lora: needs peft; pip install -e ".[lora]"') from None
     return peft
 
 

@@ -51,7 +51,7 @@ class NearDuplicates(CorpusFilter):
         try:
             from rensa import RMinHash
         except ImportError:
-            raise UserError("data.curation: NearDuplicates needs rensa; pip install 'frugal[curation]'") from None
+            raise UserError("data.curation: NearDuplicates needs rensa; pip install -e '.[curation]'") from None
         size = self.bands * self.rows
         parts = [np.empty((0, size), dtype=np.uint32)]
         for first in range(0, len(documents), 1024):

@@ -112,7 +112,7 @@ def neighbour_probabilities(
     try:
         from sklearn.neighbors import NearestNeighbors
     except ModuleNotFoundError:
-        raise UserError("data: scikit-learn is missing; run `pip install frugal[vision]`") from None
+        raise UserError("data: scikit-learn is missing; run `pip install -e '.[vision]'`") from None
     n = len(labels_N)
     require(n >= 2 * folds, f"data.curation.label_noise.folds: {folds} folds need at least {2 * folds} images, got {n}")
     features = _shrunk(images_NCHW)

@@ -28,7 +28,7 @@ class Language(DocumentFilter):
             try:
                 from py3langid.langid import MODEL_FILE, LanguageIdentifier
             except ImportError:
-                raise UserError("data.curation: Language needs py3langid; pip install 'frugal[curation]'") from None
+                raise UserError("data.curation: Language needs py3langid; pip install -e '.[curation]'") from None
             self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
             known = set(self._identifier.labels)
             if unknown := [code for code in self.keep if code not in known]:

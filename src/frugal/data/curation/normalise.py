@@ -61,7 +61,7 @@ class StripHtml(DocumentFilter):
         try:
             from selectolax.lexbor import LexborHTMLParser
         except ImportError:
-            raise UserError("data.curation: StripHtml needs selectolax; pip install 'frugal[curation]'") from None
+            raise UserError("data.curation: StripHtml needs selectolax; pip install -e '.[curation]'") from None
         tree = LexborHTMLParser(_BLOCK.sub(r"\n\g<0>", text))
         tree.strip_tags(["script", "style", "noscript", "template"])
         seen = tree.body.text(separator="") if tree.body else ""

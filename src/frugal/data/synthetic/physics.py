@@ -62,7 +62,7 @@ def _model(system: str) -> Any:
     try:
         import mujoco
     except ModuleNotFoundError:
-        raise UserError("data.source: mujoco is missing; run `pip install frugal[physics]`") from None
+        raise UserError("data.source: mujoco is missing; run `pip install -e '.[physics]'`") from None
     return mujoco.MjModel.from_xml_string(
         f'<mujoco><option integrator="RK4"/><worldbody><body>{SYSTEMS[system].body}</body></worldbody></mujoco>'
     )
@@ -103,7 +103,7 @@ def simulate(
 
 
 class Physics(Tasks):
-    """Trajectories that MuJoCo rolled out (Todorov et al. 2012), quantised into text: `pip install frugal[physics]`.
+    """Trajectories that MuJoCo rolled out (Todorov et al. 2012), quantised into text: `pip install -e '.[physics]'`.
 
     A question gives some consecutive states of a system; the answer is a later state, or the parameter that governs
     them. Level k asks k + 1 intervals ahead. Friction-free systems: projectile, pendulum, spring.
@@ -192,4 +192,4 @@ class Physics(Tasks):
                 return importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 continue
-        raise UserError("data.source: mujoco is missing; run `pip install frugal[physics]`")
+        raise UserError("data.source: mujoco is missing; run `pip install -e '.[physics]'`")

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class ReasoningGym(Tasks):
-    """Tasks of reasoning-gym (Stojanovski et al. 2025, arXiv 2505.24760): `pip install frugal[reasoning]`.
+    """Tasks of reasoning-gym (Stojanovski et al. 2025, arXiv 2505.24760): `pip install -e '.[reasoning]'`.
 
     A level sets every attribute of the task's own curriculum to its value at that level alone (easier values are not
     mixed in). Fast enough to make by the ten thousand: chain_sum, gcd, lcm, products, base_conversion, count_bits,
@@ -56,7 +56,7 @@ class ReasoningGym(Tasks):
             from reasoning_gym.coaching.base_curriculum import DefaultCurriculumContext, RangeAttributeMode
             from reasoning_gym.factory import CURRICULA, DATASETS, create_curriculum
         except ModuleNotFoundError as error:
-            raise UserError(f"data.source: {error.name} is missing; run `pip install frugal[reasoning]`") from None
+            raise UserError(f"data.source: {error.name} is missing; run `pip install -e '.[reasoning]'`") from None
         import reasoning_gym  # noqa: F401 (registers the tasks)
 
         if task not in DATASETS:
@@ -109,7 +109,7 @@ class ReasoningGym(Tasks):
         try:
             return importlib.metadata.version("reasoning-gym")
         except importlib.metadata.PackageNotFoundError:
-            raise UserError("data.source: reasoning-gym is missing; run `pip install frugal[reasoning]`") from None
+            raise UserError("data.source: reasoning-gym is missing; run `pip install -e '.[reasoning]'`") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_datasets": {}}

@@ -19,7 +19,7 @@ class ImageTransforms:
     """Rotation, flip, crop, colour, then mixup or cutmix, each switched on by its own argument.
 
     `data.image_datamodule` calls it while training, where the batch lies on the device already; the loss is then
-    `soft_cross_entropy`. Needs `pip install frugal[vision]`. There is no hue: on a CPU it costs more than all the rest.
+    `soft_cross_entropy`. Needs `pip install -e '.[vision]'`. There is no hue: on a CPU it costs more than all the rest.
 
     Args:
         probability: share of the images that are transformed, by step; for mixup and cutmix, share of the batches.
@@ -140,7 +140,7 @@ def _kornia() -> Any:
     try:
         import kornia.augmentation
     except ModuleNotFoundError as error:
-        raise UserError(f"transforms: {error.name} is missing; run `pip install frugal[vision]`") from None
+        raise UserError(f"transforms: {error.name} is missing; run `pip install -e '.[vision]'`") from None
     return kornia.augmentation
 
 
