@@ -51,6 +51,12 @@ def test_split_cuts_inside_a_document() -> None:
     assert texts(split_documents(["aaaa\nbbbb\ncccc\n"], 0.5)) == (["aaaa\nbbbb\n"], ["cccc\n"])
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_one_long_line_is_cut_between_words(end: str) -> None:
+    train, val = texts(split_documents(["word " * 100 + "end" + end], 0.1))
+    assert "".join(train + val) == "word " * 100 + "end" + end and val[0].startswith("word ") and len(val[0]) < 60
+
+
 @pytest.mark.parametrize("documents", [[], [""]])
 def test_no_text_is_refused(documents: list[str]) -> None:
     with pytest.raises(UserError, match=r"data\.source: there is no text"):

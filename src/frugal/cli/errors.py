@@ -27,6 +27,8 @@ FRAME = (
     r'[Pp]arser key "|Does not validate|Subtypes:|Errors:|Given value|Problem with given|'
     r"Expected a <class 'NoneType'>|Expected a path but|Expected a dot import path"
 )
+# How gloo and NCCL say that the other end of a connection is gone.
+PEER_GONE = r"Connection (closed|reset) by peer|Broken pipe|remote process exited"
 CALLABLE = r"Type typing\.Callable\[.*?\] expects a function or a callable class: "
 
 
@@ -92,11 +94,11 @@ def _what_is_gone(error: BaseException) -> str | None:
 
     each: BaseException | None = error
     while each is not None:
-        if found := re.search(r"DataLoader worker \(pid.*?\) [^.\n]*", str(each)):
-            return f"data: {found[0]} (memory?)"
-        if dist.is_initialized() and (isinstance(each, dist.DistError) or "gloo/transport" in str(each)):
+        if found := re.search(r"DataLoader worker \(pid.*?\) [^\n]*", str(each)):
+            return f"data: {found[0].rstrip('. ')} (memory?)"
+        if dist.is_initialized() and re.search(PEER_GONE, str(each)):
             return "another process of this run has ended (killed, if it said nothing)"
-        each = each.__cause__ or each.__context__
+        each = each.__cause__
     return None
 
 

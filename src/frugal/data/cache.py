@@ -29,7 +29,7 @@ def new_folder(folder: Path, proof: str) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written, for instance because the disk is full.
     """
-    host = re.sub(r"[^\w-]", "-", socket.gethostname())
+    host = re.sub(r"[^\w-]", "-", f"{socket.gethostname()}-{_process_namespace()}")
     temporary = folder.with_name(f"{folder.name}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         for left in folder.parent.glob(f"{folder.name}.{host}.*.tmp"):
@@ -47,6 +47,14 @@ def new_folder(folder: Path, proof: str) -> Iterator[Path]:
         raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _process_namespace() -> str:
+    """What tells containers apart that share a host's name: each numbers its own processes."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
 
 
 def _runs(pid: int) -> bool:

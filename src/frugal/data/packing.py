@@ -35,7 +35,7 @@ from frugal.data.tokenization import (
 from frugal.errors import UserError
 
 log = logging.getLogger(__name__)
-FORMAT_VERSION = 2  # part of the fingerprint: raise it when what is written changes
+FORMAT_VERSION = 3  # part of the fingerprint: raise it when what is written changes
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _split_by_position(
             # A line's end: never inside a character, since no UTF-8 continuation byte is a newline. If all that is left
             # is one line, a word's end.
             cut = raw.find(b"\n", position - seen) + 1
-            if not cut and not any(sizes[i + 1 :]):
+            if cut in (0, size) and not any(sizes[i + 1 :]):
                 cut = raw.find(b" ", position - seen) + 1
             cut = cut or size
             head, tail = (replace(document, text=text.decode()) for text in (raw[:cut], raw[cut:]))

@@ -8,6 +8,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ class SafeWandbLogger(WandbLogger):
             run = make(self)
             # Before each table and artifact W&B asks the server whether its type is known, and waits 20 s if that has
             # vanished. It is optional: without an answer it goes on as with one.
-            run._assert_can_log_artifact = lambda artifact: None
+            with suppress(Exception):  # a name of wandb's own, which another version may lack
+                run._assert_can_log_artifact = lambda artifact: None
             return run
         except Exception as error:
             if self._wandb_init.get("mode") != "online":

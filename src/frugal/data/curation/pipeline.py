@@ -25,7 +25,7 @@ from frugal.data.curation.quality import FineWebQuality, GopherQuality, Length
 from frugal.data.documents import Document
 from frugal.errors import UserError, require
 
-VERSION = 2  # part of the fingerprint: raise it when a verdict changes
+VERSION = 3  # part of the fingerprint: raise it when a verdict changes
 CHUNK_BYTES = 2**20  # text that a worker process is given at a time
 PARALLEL_BYTES = 8 * 2**20  # less text than this is not worth a second process
 BANDS = {f"under {limit:,} bytes": limit for limit in (100, 1_000, 10_000, 100_000)} | {"more": sys.maxsize}
