@@ -11,6 +11,7 @@ import pytest
 from frugal.cli.verbs import main
 from frugal.errors import UserError
 from frugal.model.config import flops_per_token, muon_flops
+from frugal.planning.audit import audit
 from frugal.planning.calibration import Calibration, calibrate, recall, remember
 from frugal.planning.hardware import load_hardware
 from frugal.planning.offers import Offer, make_offer, marks
@@ -68,6 +69,10 @@ def test_an_experiment_with_its_own_shape_lies_on_the_base_and_a_whole_config_do
     assert own.model.moe == base.model.moe and own.model.d_model == 64 and own.model.vocab_size == 2048
     Path("wide.yaml").write_text("model: {transformer: {d_model: 128}}\n")
     assert read_run("wide.yaml") == replace(base, model=replace(base.model, d_model=128))
+    Path("muon.yaml").write_text("model: {optimizer: {ns_steps: 3}}\n")
+    assert read_run("muon.yaml").optimizer_flops * 5 == base.optimizer_flops * 3
+    Path("lora.yaml").write_text("model: {lora: {rank: 4}}\n")
+    assert read_run("lora.yaml").optimizer_flops == 0
     Path("named.yaml").write_text("model: {optimizer: torch.optim.AdamW}\n")
     assert read_run("named.yaml") == replace(base, optimizer="AdamW")
     shape = f"{shape[:-1]}, vocab_size: 300, max_seq_len: 16}}"
@@ -143,6 +148,16 @@ def test_plan_calibrate_and_audit(train: object, capsys: pytest.CaptureFixture) 
     main(["plan", "--audit", str(folder), "--json"])
     rows = {row["quantity"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["FLOPs"]["predicted"] == pytest.approx(summary["flops"], rel=1e-9)
+    # Of two copies of the weights each orthogonalizes every matrix; sharded weights are shared work.
+    config, run = (folder / "config.yaml").read_text(), read_run(str(folder / "config.yaml"))
+    (folder / "summary.json").write_text(json.dumps(summary | {"devices": 2}))
+    for strategy, times in (("ddp", 1), ("{class_path: frugal.training.strategies.FSDP2Strategy}", 0)):
+        (folder / "config.yaml").write_text(config.replace("  strategy: auto\n", f"  strategy: {strategy}\n"))
+        row = audit(str(folder), [known])[0]
+        more = times * summary["global_step"] * run.optimizer_flops
+        assert run.optimizer_flops > 0 and row["predicted"] == pytest.approx(summary["flops"] + more, rel=1e-9)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text(config)
     # A plan calibrated by the very run gives its own figures back.
     assert rows["training time"]["predicted"] == pytest.approx(rows["training time"]["actual"], rel=1e-6)
     assert rows["wall time"]["predicted"] <= rows["wall time"]["actual"] * 1.000001

@@ -147,9 +147,9 @@ def orthogonalize_flops(rows: int, columns: int, steps: int = 5) -> int:
     return steps * (4 * short * short * long + 2 * short**3)
 
 
-def muon_flops(config: BlocksConfig) -> int:
-    """FLOPs of Muon's orthogonalizations in a step, with nothing frozen."""
-    return sum(n * orthogonalize_flops(*shape) for shape, n in matrix_shapes(config).items())
+def muon_flops(config: BlocksConfig, steps: int = 5) -> int:
+    """FLOPs of Muon's orthogonalizations in a step, of so many iterations each, with nothing frozen."""
+    return sum(n * orthogonalize_flops(*shape, steps) for shape, n in matrix_shapes(config).items())
 
 
 def _mtp_tally(config: BlocksConfig) -> _Tally:

@@ -24,6 +24,8 @@ class PlannedRun:
         accumulate: micro-batches per step.
         precision: as in `trainer.precision`.
         optimizer: name of its class.
+        ns_steps: iterations of Muon's orthogonalization; 0 where the matrices are frozen under adapters.
+        sharded: whether devices share the weights, as the config's strategy has it; else each has a copy.
         eval_batch: sequences per validation batch.
         validations: how often the run validates.
         compiled: whether blocks are compiled.
@@ -39,6 +41,8 @@ class PlannedRun:
     accumulate: int = 1
     precision: str = "32-true"
     optimizer: str = "AdamW"
+    ns_steps: int = 5
+    sharded: bool = False
     eval_batch: int = 0
     validations: int = 0
     compiled: bool = False
@@ -52,7 +56,7 @@ class PlannedRun:
     @property
     def optimizer_flops(self) -> int:
         """Of a step's orthogonalizations, if the optimizer is Muon."""
-        return muon_flops(self.model) if self.optimizer == "Muon" else 0
+        return muon_flops(self.model, self.ns_steps) if self.optimizer == "Muon" else 0
 
     @property
     def flops(self) -> float:
@@ -117,6 +121,8 @@ def read_run(
         accumulate=accumulate,
         precision=_precision(trainer.get("precision")),
         optimizer=optimizer,
+        ns_steps=0 if module.get("lora") else int(settings.get("ns_steps", 5)),
+        sharded="FSDP" in str(_args(trainer, "strategy").get("class_path", "")).upper(),
         eval_batch=int(data.get("eval_batch_size") or micro),
         validations=validations,
         compiled=bool(module.get("compile")),
