@@ -81,17 +81,22 @@ def test_a_study_runs_reports_and_is_not_run_twice(
     shutil.copy(ROOT / "train.py", project)
     (project / "small.yaml").write_text(
         "question: does a wider feed-forward layer save steps?\nsteps: 8\nseeds: [1, 2]\nlengths: [0.5, 1.0]\n"
-        "overlays: [tiny.yaml]\narms: [{name: wide, options: {model: {transformer: {d_ff: 64}}}}]\n"
+        "overlays: [tiny.yaml]\narms:\n- {name: wide, options: {model: {transformer: {d_ff: 64}}}}\n- {name: same}\n"
+        "- {name: swept, tune: {key: model.optimizer.lr, grid: [0.01, 0.02]}}\n"
     )
     command = ["savings", "small.yaml", "--out", "out", "--wandb", "disabled"]
-    main(command)
+    main([*command, "--arms", "wide"])
     shown = capsys.readouterr().out
     assert "# Savings study: small" in shown and "| wide | **" in shown
     before = list(in_process)
     assert 4 <= len(before) == len(set(before)) <= 6
-    main([*command, "--report_only"])
-    main(command)
+    main([*command, "--arms", "wide", "--report_only"])
+    main([*command, "--arms", "wide"])
     assert in_process == before
+    main([*command, "--arms", "same"])  # the report keeps the other arm, and leaves out what never ran
+    assert all(name.startswith("same") for name in in_process[len(before) :])
+    shown = (project / "out/small/small.md").read_text()
+    assert "| wide | **" in shown and "| same | **" in shown and "| swept |" not in shown
     assert (project / "out/small/small.png").is_file() and (project / "out/small/small.md").is_file()
 
 

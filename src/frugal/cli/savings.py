@@ -23,7 +23,8 @@ def savings(
         out: folder for the runs and the report; finished runs in it are used, interrupted ones go on.
         steps: of the baseline, in place of the study's: a smaller or larger copy of it, with a folder of its own.
         seeds: how many of the study's seeds.
-        arms: these alone, with the baseline and their controls; the others can follow, in the same folder.
+        arms: run these alone, with the baseline and their controls; the others can follow, in the same folder. The
+            report has every arm of the study that has been run there.
         jobs: runs at a time, each with its share of the machine's cores.
         devices: CUDA_VISIBLE_DEVICES of each of the runs at a time, as 0 1 2 3; their number takes the place of jobs.
         wandb: auto, online, offline or disabled.
@@ -65,12 +66,17 @@ def savings(
     start = None if report_only else partial(start_process, threads=max(1, cores // jobs), devices=free)
     runs = StudyRuns(name, wanted, folder, wandb, start)
     try:
-        results = runs.all(jobs)
+        results, sweeps = runs.all(jobs), runs.sweeps
     except KeyboardInterrupt:
         raise UserError(f"{name}: interrupted after {runs.made} new run(s); the same command goes on") from None
+    if arms:  # beside those named now, the report keeps what earlier calls have made
+        there = StudyRuns(name, replace(wanted, only=[]), folder, wandb, None).there()
+        wanted = replace(wanted, only=[*arms, *there])
+        report = StudyRuns(name, wanted, folder, wandb, None)
+        results, sweeps = report.all(), report.sweeps
     points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
     findings = compare(wanted, points)
-    text = markdown(name, wanted, points, findings, conditions(results, jobs), runs.sweeps, runs.failures)
+    text = markdown(name, wanted, points, findings, conditions(results, jobs), sweeps, runs.failures)
     paths = write_report(folder, name, wanted, points, findings, text)
     plain = json.dumps([found.row() for found in findings], indent=2).replace("Infinity", "null")
     (folder / f"{name}.json").write_text(plain + "\n", encoding="utf-8")

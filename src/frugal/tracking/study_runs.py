@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -241,7 +242,18 @@ class StudyRuns:
                 table[arm.name][seed] = results
         return table
 
+    def there(self) -> list[str]:
+        """Names of the arms that have a run, and the sweep that it needs; for one that starts nothing."""
+        for arm in self.arms.values():
+            if arm.tune:
+                with suppress(UserError):
+                    self.tune(arm)
+        ready = [arm for arm in self.arms.values() if not arm.tune or arm.name in self.tuned]
+        return [arm.name for arm in ready if any(self.search(arm, seed) for seed in self.study.seeds)]
+
     def _say(self, total: int) -> None:
+        if self.start is None:
+            return
         spent = time.monotonic() - self._began
         left = spent / max(self.done, 1) * (total - self.done)
         log.info("%d of %d arms and seeds done, about %s left", self.done, total, duration(left))
