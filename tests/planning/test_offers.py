@@ -71,6 +71,8 @@ def test_an_experiment_with_its_own_shape_lies_on_the_base_and_a_whole_config_do
     assert read_run("wide.yaml") == replace(base, model=replace(base.model, d_model=128))
     Path("muon.yaml").write_text("model: {optimizer: {ns_steps: 3}}\n")
     assert read_run("muon.yaml").optimizer_flops * 5 == base.optimizer_flops * 3
+    Path("two.yaml").write_text("trainer: {devices: '2'}\n")
+    assert read_run("two.yaml").tokens_per_step == 2 * base.tokens_per_step
     Path("lora.yaml").write_text("model: {lora: {rank: 4}}\n")
     assert read_run("lora.yaml").optimizer_flops == 0
     Path("named.yaml").write_text("model: {optimizer: torch.optim.AdamW}\n")

@@ -98,10 +98,10 @@ def read_run(
     settings = _args(module, "optimizer")
     optimizer = str(settings.get("class_path", "AdamW")).rpartition(".")[2]
     length = seq_len or int(data.get("seq_len", model.max_seq_len))
-    devices = trainer.get("devices", 1)
-    devices = devices if isinstance(devices, int) and devices > 0 else 1
+    devices = str(trainer.get("devices", 1))  # a number from the command line is dumped as text
+    count = int(devices) if devices.isdigit() and devices != "0" else 1
     micro, accumulate = int(data.get("batch_size", 8)), int(trainer.get("accumulate_grad_batches") or 1)
-    per_step = micro * accumulate * length * devices * int(trainer.get("num_nodes") or 1)
+    per_step = micro * accumulate * length * count * int(trainer.get("num_nodes") or 1)
     steps = round(tokens / per_step) if tokens else int(trainer.get("max_steps") or 0)
     if steps < 1:
         raise UserError(f"trainer.max_steps: {path} does not say how long the run is; give --tokens")
