@@ -9,6 +9,7 @@ import argparse
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -96,10 +97,17 @@ def _what_is_gone(error: BaseException) -> str | None:
     while each is not None:
         if found := re.search(r"DataLoader worker \(pid.*?\) [^\n]*", str(each)):
             return f"data: {found[0].rstrip('. ')} (memory?)"
+        if isinstance(each, ConnectionError) and "torch/utils/data" in _origin(each):  # the queue of a worker that is gone
+            return "data: a worker of the DataLoader has ended (memory?)"
         if dist.is_initialized() and re.search(PEER_GONE, str(each)):
             return "another process of this run has ended (killed, if it said nothing)"
         each = each.__cause__
     return None
+
+
+def _origin(error: BaseException) -> str:
+    """The files that an error came through."""
+    return "\n".join(frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _is_first_to_fail(alone: bool) -> bool:
