@@ -71,7 +71,8 @@ def test_a_combination_trains_and_resumes_exactly(
             pytest.skip(str(missing))
     options = [settings[name] for settings, name in zip(TECHNIQUES.values(), choice, strict=True)]
     # What torch.compile makes of a validation batch depends on the shapes that it has seen before.
-    rel = 1e-5 if "compiled" in choice else 0.0
+    # So does, in the last digit, float16 on a CPU with weights that have just been exchanged for their average.
+    rel = 1e-5 if "compiled" in choice else 1e-6 if {"16-mixed", "moving average"} <= set(choice) else 0.0
     whole, _ = resumes_exactly("--trainer.val_check_interval", "4", *itertools.chain(*options), history_rel=rel)
     state = torch.load(whole / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert all(value.isfinite().all() for value in state.values())

@@ -389,7 +389,8 @@ def test_faults_are_one_line_that_names_the_key(broken: None, train: Train, caps
         assert len(errors) == 1 and expected in errors[0], f"{name}: {err}"
         assert "Traceback" not in err, name
     assert not Path("executed").exists()
-    assert sorted(path for path in Path("runs").rglob("*") if path.is_file()) == [p for p in before if p.is_file()]
+    left = sorted(path for path in Path("runs").rglob("*") if path.is_file() and path not in before)
+    assert {path.name for path in left} <= {"meter.json"}  # what a start cost that was refused late
 
 
 @pytest.mark.slow

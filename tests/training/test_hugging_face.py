@@ -165,7 +165,7 @@ def test_what_follows_the_data_gives_way_to_what_is_set() -> None:
         ([*HF, "--model.init_args.config", '{"model_type": "t5"}'], "'t5' is no causal language model"),
         ([*FROM_CONFIG[:-1], json.dumps(LLAMA | {"model_type": "bert"})], "BertLMHeadModel sees later tokens"),
         ([*FROM_CONFIG[:-1], json.dumps(LLAMA | {"num_attention_heads": 4, "num_key_value_heads": 3})], "cannot run"),
-        (["--model.init_from", "nowhere"], "nowhere has no config.json"),
+        (["--model.init_from", "nowhere"], "model.init_from: no file nowhere"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(

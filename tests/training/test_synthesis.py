@@ -80,7 +80,8 @@ def test_generated_text_is_a_source_whose_seconds_are_known(tmp_path: Path) -> N
 def test_the_verb_writes_with_our_checkpoint_and_with_transformers(
     train: Callable[..., Path], capsys: pytest.CaptureFixture
 ) -> None:
-    folder = train("fit", "--trainer.max_steps", "40", "--model.optimizer.lr", "0.02")
+    adamw = ("--config", "configs/optim/adamw.yaml", "--model.optimizer.lr", "0.02")
+    folder = train("fit", *adamw, "--trainer.max_steps", "40")
     options = ["--n", "6", "--max_new_tokens", "9", "--batch_size", "4"]
     quality = ["--verifiers+", "MinimumQuality", "--verifiers.min_words", "3", "--verifiers.min_distinct", "0"]
     main(["synthesize", str(folder), "a.jsonl", *options, *quality])

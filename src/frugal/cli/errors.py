@@ -97,7 +97,7 @@ def _what_is_gone(error: BaseException) -> str | None:
     while each is not None:
         if found := re.search(r"DataLoader worker \(pid.*?\) [^\n]*", str(each)):
             return f"data: {found[0].rstrip('. ')} (memory?)"
-        if isinstance(each, ConnectionError) and "torch/utils/data" in _origin(each):  # the queue of a worker that is gone
+        if isinstance(each, ConnectionError) and "torch/utils/data" in _origin(each):
             return "data: a worker of the DataLoader has ended (memory?)"
         if dist.is_initialized() and re.search(PEER_GONE, str(each)):
             return "another process of this run has ended (killed, if it said nothing)"
