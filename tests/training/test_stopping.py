@@ -93,7 +93,9 @@ def test_a_dead_loader_worker_ends_the_run_in_one_line(
         patch.setattr(routing.RoutingMonitor, "on_train_batch_end", kill_a_worker)
         train("fit", *options)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert ended.value.code == 1 and re.match(r"error: data: DataLoader worker \(pid.*\) .*--ckpt_path last$", line)
+    # torch's own words, or ours where the worker's death broke its queue first
+    words = r"error: data: (DataLoader worker \(pid.*\)|a worker of the DataLoader has ended) .*--ckpt_path last$"
+    assert ended.value.code == 1 and re.match(words, line), line
     (folder,) = Path("runs/base").iterdir()
     assert last(folder)["global_step"] >= 3
     assert last(train("fit", "--ckpt_path", "last"))["global_step"] == 12
