@@ -8,7 +8,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from frugal.model.config import AttentionConfig, Frozen, LatentConfig, SharingConfig, TransformerConfig, flops_per_token
+from frugal.model.config import (
+    AttentionConfig,
+    Frozen,
+    LatentConfig,
+    NgramConfig,
+    SharingConfig,
+    TransformerConfig,
+    flops_per_token,
+)
 from frugal.model.experts import TrainedExperts
 from frugal.model.transformer import Transformer
 from frugal.training.losses import summed_nll
@@ -61,6 +69,7 @@ CHANGES: list[dict] = [
     {"attention": AttentionConfig(n_heads=4, latent=LATENT)},
     {"moe": None},
     {"n_mtp": 2},
+    {"n_mtp": 1, "tie_embeddings": True, "ngrams": NgramConfig(n_slots=64)},
     {"n_layers": 4, "sharing": SharingConfig(layers=(0, 1, 1, 2), rank=3)},
 ]
 # A dense model has no experts to train alone.

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from frugal.errors import UserError
-from frugal.model.config import AttentionConfig, LatentConfig, SharingConfig, TransformerConfig
+from frugal.model.config import AttentionConfig, LatentConfig, NgramConfig, SharingConfig, TransformerConfig
 from frugal.model.transformer import Transformer
 from frugal.planning.memory import Load, bytes_of, training_memory
 from frugal.planning.model_card import read_transformer
@@ -61,6 +61,7 @@ def train(config: TransformerConfig, optimizer: type = torch.optim.AdamW, accumu
         ({"attention": AttentionConfig(n_heads=4, latent=LATENT)}, {}, {}),
         ({"attention": AttentionConfig(n_heads=4, qk_norm="head")}, {}, {}),
         ({"sharing": SharingConfig(n_blocks=1, prelude=1)}, {}, {}),
+        ({"ngrams": NgramConfig()}, {}, {}),
         ({}, {"accumulate": 2}, {"accumulate": 2}),
         ({}, {"optimizer": torch.optim.SGD}, {"optimizer": "SGD"}),
         ({}, {"optimizer": Muon}, {"optimizer": "Muon"}),

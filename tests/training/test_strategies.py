@@ -29,7 +29,7 @@ from frugal.training.strategies import FSDP2Strategy
 
 OVERLAY = """
 model:
-  transformer: {attention: {n_kv_heads: 2}}
+  transformer: {attention: {n_kv_heads: 2}, ngrams: {n_slots: 64, n_hashes: 2}}
   schedule: {warmup_steps: 2, decay_fraction: 0.0}
   optimizer: {class_path: frugal.training.muon.Muon, init_args: {lr: 8.0e-3, adamw_lr: 4.0e-3}}
 trainer:

@@ -23,6 +23,7 @@ from frugal.model.counts import (
     state_memory,
 )
 from frugal.model.frozen_counts import Adapter, Frozen
+from frugal.model.ngram_config import NgramConfig
 from frugal.model.sharing_config import SharingConfig
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Frozen",
     "LatentConfig",
     "MoEConfig",
+    "NgramConfig",
     "SharingConfig",
     "StateMemory",
     "TransformerConfig",
@@ -210,6 +212,11 @@ class BlocksConfig:
         return ("embedding.weight",)
 
     @property
+    def idle_input_parameters(self) -> int:
+        """Those of them that one token does not use."""
+        return 0
+
+    @property
     def input_width(self) -> int:
         """Numbers of one token that a matrix projects into the residual stream; 0: tokens are looked up."""
         return 0
@@ -282,12 +289,14 @@ class TransformerConfig(BlocksConfig):
         tie_embeddings: use the embedding as the output head too.
         n_mtp: modules that predict further tokens ahead in training, and draft them in generation (DeepSeek-V3,
             section 2.2); 0 is off.
+        ngrams: embeddings of the last few tokens together; null: of single tokens alone.
     """
 
     vocab_size: int = field(kw_only=True)
     max_seq_len: int = field(default=2048, kw_only=True)
     tie_embeddings: bool = field(default=False, kw_only=True)
     n_mtp: int = field(default=0, kw_only=True)
+    ngrams: NgramConfig | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         key = "model.transformer"
@@ -302,6 +311,10 @@ class TransformerConfig(BlocksConfig):
         require(
             self.attention.causal, f"{key}.attention.causal: a language model that sees later tokens sees its answers"
         )
+        require(
+            self.ngrams is None or self.d_model % self.ngrams.n_hashes == 0,
+            f"{key}.ngrams.n_hashes: {self.ngrams and self.ngrams.n_hashes} does not divide d_model ({self.d_model})",
+        )
 
     @property
     def n_outputs(self) -> int:
@@ -310,5 +323,23 @@ class TransformerConfig(BlocksConfig):
 
     @property
     def input_parameters(self) -> int:
-        """The embedding's."""
-        return self.vocab_size * self.d_model
+        """The embedding's, and those of n-grams."""
+        return self.vocab_size * self.d_model + (self.ngrams.parameters(self.d_model) if self.ngrams else 0)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The embedding, and that of n-grams."""
+        return ("embedding.weight", "ngram_embedding.weight") if self.ngrams else ("embedding.weight",)
+
+    @property
+    def idle_input_parameters(self) -> int:
+        """All rows of the n-grams' tables but those that one token uses."""
+        return self.ngrams.parameters(self.d_model) - len(self.ngrams.orders) * self.d_model if self.ngrams else 0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a config from `dataclasses.asdict`."""
+        values = dict(values)
+        if values.get("ngrams"):
+            values["ngrams"] = NgramConfig(**{**values["ngrams"], "orders": tuple(values["ngrams"]["orders"])})
+        return super().from_dict(values)

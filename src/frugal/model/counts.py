@@ -102,9 +102,10 @@ def count_parameters(config: BlocksConfig) -> Counts:
     stored, applied = _tally(config, unique=True), _tally(config, unique=False)
     body = stored.matrices + stored.norms + stored.biases
     head = config.n_outputs * config.d_model
-    tables = head if config.tie_embeddings else config.input_parameters + head
+    idle = config.idle_input_parameters
+    tables = config.input_parameters - idle + (0 if config.tie_embeddings else head)
     return Counts(
-        total=body + tables + stored.idle,
+        total=body + tables + stored.idle + idle,
         active=body + tables,
         # A tied table still works as the head, so only its role as a look-up is left out.
         active_without_input_embedding=body + head,

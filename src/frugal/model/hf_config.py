@@ -31,6 +31,7 @@ def hf_architecture(config: TransformerConfig) -> str:
         UserError: there is none; the message names the key that stands in the way.
     """
     attention, moe = config.attention, config.moe
+    _refuse_unless(config.ngrams is None, "ngrams", "embeddings of n-grams")
     if moe is None or config.n_moe_layers == 0:
         if attention.latent:
             return "deepseek_v3"

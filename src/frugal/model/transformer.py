@@ -20,6 +20,7 @@ from frugal.model.latent_attention import LatentAttention
 from frugal.model.linear import Linear
 from frugal.model.moe import MoE, SwiGLU
 from frugal.model.mtp import MTPModule
+from frugal.model.ngrams import NgramEmbedding
 from frugal.model.patches import PatchEmbedding
 from frugal.model.rope import rotary_table
 from frugal.model.router import Router
@@ -134,6 +135,8 @@ class Transformer(BlockStack):
         self.mtp = nn.ModuleList(MTPModule(config, k, Block) for k in range(config.n_mtp))
         if self.head.weight.device.type != "meta":
             init_weights(self.mtp, config)
+        if config.ngrams:
+            self.ngram_embedding = NgramEmbedding(config.ngrams, config.d_model, config.vocab_size)
 
     def all_blocks(self) -> list[Block]:
         """The layers' blocks, and those of multi-token prediction."""
@@ -143,9 +146,21 @@ class Transformer(BlockStack):
         """Final normalised hidden states [B, T, D]: what the head turns into logits."""
         rotary = self._rotary(caches[0].length if caches else 0, ids_BT.shape[1])
         x_BTD = self.embedding(ids_BT)
+        if self.config.ngrams:
+            ngrams_BTD = self._ngrams(ids_BT, caches[-1] if caches else None)
+            x_BTD = x_BTD + ngrams_BTD
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rotary, caches[i] if caches else None)
+        if self.config.ngrams and self.config.ngrams.to_head:
+            x_BTD = x_BTD + ngrams_BTD
         return self.norm(x_BTD)
+
+    def _ngrams(self, ids_BT: Tensor, cache: KVCache | None) -> Tensor:
+        """What n-grams add at these positions; the cache holds the ids of those before."""
+        if cache is None:
+            return self.ngram_embedding(ids_BT)
+        (seen_B11S,) = cache.append(ids_BT[:, None, :, None])
+        return self.ngram_embedding(seen_B11S[:, 0, :, 0])[:, -ids_BT.shape[1] :]
 
     def _rotary(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         return self.cos[start : start + length], self.sin[start : start + length]
@@ -169,8 +184,11 @@ class Transformer(BlockStack):
         return self.head(self.hidden(ids_BT, caches))
 
     def new_caches(self, batch_size: int, max_len: int) -> list[KVCache]:
-        """One empty cache per layer, for at most `max_len` positions."""
-        return self._caches(list(self.blocks), batch_size, max_len)
+        """One empty cache per layer, for at most `max_len` positions; and one of token ids, where n-grams read them."""
+        caches = self._caches(list(self.blocks), batch_size, max_len)
+        if self.config.ngrams:
+            caches.append(KVCache([(1, 1)], batch_size, max_len, self.embedding.weight.device, torch.int64))
+        return caches
 
     def new_mtp_caches(self, batch_size: int, max_len: int) -> list[KVCache]:
         """The same for the modules that predict further ahead."""

@@ -157,6 +157,8 @@ def training_memory(config: TransformerConfig, load: Load) -> Memory:
     else:
         activations = sum(per_layer)
     activations += tokens * config.d_model * (2 * stream + 4)  # the final norm, and its gradient
+    if config.ngrams:  # which rows were looked up
+        activations += 8.0 * tokens * config.ngrams.n_tables
     if operand < weight and parts == 1:  # 16-bit copies of the matrices, kept for the backward pass
         activations += operand * counts.total
     blocks = _block_weights(config)
@@ -189,11 +191,11 @@ def _logits(config: TransformerConfig, load: Load, operand: int) -> float:
 
 def _block_weights(config: TransformerConfig) -> list[int]:
     """Weights of each layer's block (a shared one at each of its layers)."""
-    bare = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, moe=None)).total
+    bare = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, ngrams=None, moe=None)).total
     table = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2) + config.d_model
     dense = bare - table
     if config.moe is None:
         return [dense]
     mixed = replace(config.moe, first_k_dense=0)
-    one = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, moe=mixed)).total - table
+    one = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, ngrams=None, moe=mixed)).total - table
     return [dense, one] if config.moe.first_k_dense else [one]

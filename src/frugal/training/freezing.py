@@ -25,7 +25,8 @@ class Window:
     Args:
         parameters: names of parameters or of modules that hold them, with wildcards: blocks.0, *.attention, head.
         layers: whole layers by number; negative ones count from the last.
-        embedding: the embedding too; without it the backward pass runs through the frozen lowest layers.
+        embedding: the embedding too, and that of n-grams; without it the backward pass runs through the frozen lowest
+            layers.
         start: first step that is frozen.
         stop: first step that trains again; null: the end of the run.
     """
@@ -207,7 +208,7 @@ def names_in(window: Window, names: Sequence[str], n_layers: int) -> set[str]:
             f"freezing.windows.layers: there is no layer {layer}; the model has {n_layers}, numbered from 0",
         )
         found |= matching((f"blocks.{layer % n_layers}",), names, "freezing.windows.layers")
-    return found | (matching(("embedding",), names, "freezing.windows.embedding") if window.embedding else set())
+    return found | (matching(("*embedding.*",), names, "freezing.windows.embedding") if window.embedding else set())
 
 
 def expert_stacks(layer: int, n_layers: int) -> tuple[str, str]:

@@ -114,7 +114,9 @@ class LanguageModel(TrainingModule):
     def _check_shape(self, source: str) -> None:
         """Refuse weights of another shape before any data is read."""
         theirs = initial_shape(source)
-        ignored = {"max_seq_len": 0, "init_std": 0.0, "n_mtp": 0}
+        ignored: dict[str, Any] = {"max_seq_len": 0, "init_std": 0.0, "n_mtp": 0}
+        if theirs.ngrams is None:  # they begin at zero, so what was trained without them goes on as it was
+            ignored["ngrams"] = None
         differences = shape_differences(asdict(theirs) | ignored, asdict(self.config) | ignored, "model.transformer")
         if differences:
             raise UserError(
@@ -126,8 +128,8 @@ class LanguageModel(TrainingModule):
     def _take_weights(self, source: str) -> None:
         assert self.model is not None
         missing = self.model.load_state_dict(initial_weights(source), strict=False).missing_keys
-        fresh = sorted({key.split(".")[0] for key in missing})  # multi-token prediction has no counterpart there
-        log.info("weights taken from %s%s", source, f"; drawn anew: {', '.join(fresh)}" if fresh else "")
+        fresh = sorted({key.split(".")[0] for key in missing})  # multi-token prediction and n-grams may be new
+        log.info("weights taken from %s%s", source, f"; begun anew: {', '.join(fresh)}" if fresh else "")
 
     @property
     def vocab_size(self) -> int:
