@@ -222,10 +222,11 @@ class StudyRuns:
 
     def all(self, jobs: int = 1) -> dict[str, dict[int, list[Result]]]:
         """Every search of the study, seed by seed so that arms share their hours: results by arm and seed."""
-        if self.study.base.tune:
-            self.tune(self.study.base)
+        swept = [arm for arm in self.arms.values() if arm.tune]
+        values = [(arm, tune, value) for arm in swept if (tune := arm.tune) for value in tune.grid]
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(self.tune, [arm for arm in self.arms.values() if arm.tune and arm is not self.study.base]))
+            list(pool.map(lambda v: self.result(v[0], v[1].seed, 1.0, {v[1].key: v[2]}), values))
+            list(map(self.tune, swept))
             searches = [(arm, seed) for seed in self.study.seeds for arm in self.arms.values()]
 
             def one(search: tuple[Arm, int]) -> list[Result]:
