@@ -68,6 +68,12 @@ def test_a_recipe_makes_all_alone_and_without() -> None:
     assert options["without-b"] == {"model": {"parts": {"a": True, "c": True}}}
 
 
+def test_a_recipe_is_first_run_where_its_parts_savings_would_multiply() -> None:
+    parts = [replace(part(name), start=start) for name, start in (("a", 0.7), ("b", 0.5), ("c", 1.0))]
+    starts = {arm.name: arm.start for arm in replace(STUDY, parts=parts).all_arms()}
+    assert starts["recipe"] == 0.35 and starts["without-b"] == 0.7 and starts["without-a"] == 0.5
+
+
 def test_some_arms_alone_come_with_what_they_are_compared_with() -> None:
     arms = [Arm("x", controls=["shorter"]), Arm("shorter", equal=Equal("y")), Arm("y"), Arm("z")]
     study = Study("?", 1000, arms=arms, parts=STUDY.parts)
