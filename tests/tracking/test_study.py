@@ -2,7 +2,9 @@
 
 import json
 import math
+import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +139,27 @@ def test_a_stopped_run_stops_the_study_and_the_next_start_goes_on(tmp_path: Path
     runs = StudyRuns("s", STUDY, tmp_path, start=train)
     assert all(seeds.keys() == {1, 2} for seeds in runs.all().values())
     assert len(log) == len(set(log)) == 3 + runs.made
+
+
+def test_a_signal_reaches_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs at a time are told, save and end; no third one begins."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "open(f'{os.getpid()}.begun', 'w').close()\n"
+        "time.sleep(600)\n"
+    )
+    runs = StudyRuns("s", replace(STUDY, target=1.0), tmp_path, start=start_process)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(runs.all, jobs=2)
+        while len(list(tmp_path.glob("*.begun"))) < 2:
+            assert not ended.done()
+            time.sleep(0.01)
+        runs.stop(signal.SIGTERM)
+        with pytest.raises(UserError, match="the same command goes on"):
+            ended.result()
+    assert len(list(tmp_path.glob("*.begun"))) == 2
 
 
 def test_what_a_failed_arm_leaves(tmp_path: Path) -> None:

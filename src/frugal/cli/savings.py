@@ -32,6 +32,7 @@ def savings(
     """
     import json
     import os
+    import signal
     from dataclasses import replace
     from functools import partial
     from pathlib import Path
@@ -65,6 +66,8 @@ def savings(
             free.put(device)
     start = None if report_only else partial(start_process, threads=max(1, cores // jobs), devices=free)
     runs = StudyRuns(name, wanted, folder, wandb, start)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, runs.stop)
     try:
         results, sweeps = runs.all(jobs), runs.sweeps
     except KeyboardInterrupt:

@@ -28,6 +28,7 @@ from frugal.units import duration
 log = logging.getLogger(__name__)
 STOPPED = 75  # exit code of a run that was told to stop
 Start = Callable[[list[str], Path], int]  # command of train.py, log file -> exit status
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 def start_process(command: list[str], log_file: Path, threads: int = 1, devices: SimpleQueue[str] | None = None) -> int:
@@ -42,8 +43,12 @@ def start_process(command: list[str], log_file: Path, threads: int = 1, devices:
         environment["CUDA_VISIBLE_DEVICES"] = device
     try:
         with log_file.open("a", encoding="utf-8") as out:
-            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False)
-        return done.returncode
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        _running.add(process)
+        try:
+            return process.wait()
+        finally:
+            _running.discard(process)
     finally:
         if devices and device is not None:
             devices.put(device)
@@ -161,6 +166,12 @@ class StudyRuns:
         log.info("%s: %s %.4f in %s", spec.name, self.study.metric, summary["loss"], duration(time.monotonic() - began))
         return summary
 
+    def stop(self, number: int, _: object = None) -> None:
+        """Begin no further run and pass a signal on to those that run; a handler for `signal.signal`."""
+        self._stopped = True
+        for process in tuple(_running):
+            process.send_signal(number)
+
     # --- sweeps
 
     def tuned_for(self, arm: Arm) -> dict[str, float]:
@@ -221,13 +232,16 @@ class StudyRuns:
         return [result] if result else []
 
     def all(self, jobs: int = 1) -> dict[str, dict[int, list[Result]]]:
-        """Every search of the study, seed by seed so that arms share their hours: results by arm and seed."""
+        """Every search of the study, the baseline's first, then seed by seed so that arms share their hours: results by arm and seed."""
         swept = [arm for arm in self.arms.values() if arm.tune]
         values = [(arm, tune, value) for arm in swept if (tune := arm.tune) for value in tune.grid]
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda v: self.result(v[0], v[1].seed, 1.0, {v[1].key: v[2]}), values))
             list(map(self.tune, swept))
-            searches = [(arm, seed) for seed in self.study.seeds for arm in self.arms.values()]
+            base = self.study.base
+            others = [arm for arm in self.arms.values() if arm is not base]
+            searches = [(base, seed) for seed in self.study.seeds]  # first, since all others wait for them
+            searches += [(arm, seed) for seed in self.study.seeds for arm in others]
 
             def one(search: tuple[Arm, int]) -> list[Result]:
                 results = self.search(*search)
