@@ -232,7 +232,10 @@ class StudyRuns:
         return [result] if result else []
 
     def all(self, jobs: int = 1) -> dict[str, dict[int, list[Result]]]:
-        """Every search of the study, the baseline's first, then seed by seed so that arms share their hours: results by arm and seed."""
+        """Every search of the study: results by arm and seed.
+
+        The baseline's come first, then seed by seed, so that arms share their hours.
+        """
         swept = [arm for arm in self.arms.values() if arm.tune]
         values = [(arm, tune, value) for arm in swept if (tune := arm.tune) for value in tune.grid]
         with ThreadPoolExecutor(jobs) as pool:
