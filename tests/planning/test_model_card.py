@@ -95,6 +95,8 @@ def test_the_embedded_preset_is_the_default_run() -> None:
 def test_an_experiment_with_another_model_is_not_counted_as_ours() -> None:
     with pytest.raises(UserError, match=r"shape: .*003_hf_model\.yaml trains a HuggingFaceModel"):
         read_transformer(str(ROOT / "configs/experiments/003_hf_model.yaml"))
+    with pytest.raises(UserError, match=r"shape: .*quick\.yaml is a savings study"):
+        read_transformer(str(ROOT / "configs/studies/quick.yaml"))
 
 
 def test_an_image_classifier_is_counted_per_patch_and_is_no_language_model() -> None:

@@ -68,7 +68,7 @@ def read_layers(path: str) -> Any:
     """What a YAML file holds; of several joined by `+`, each lies upon those before it.
 
     Raises:
-        UserError: no such file, or no YAML in it.
+        UserError: no such file, no YAML in it, or a study.
     """
     layers = []
     for part in [path] if Path(path).is_file() else path.split("+"):
@@ -78,6 +78,8 @@ def read_layers(path: str) -> Any:
             layers.append(yaml.safe_load(Path(part).read_text(encoding="utf-8")))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"shape: {part} is no YAML ({' '.join(str(error).split())})") from None
+        study = isinstance(layers[-1], dict) and "question" in layers[-1]
+        require(not study, f"shape: {part} is a savings study (frugal savings); plan the config of a run")
     if len(layers) == 1 or not all(isinstance(layer, dict) for layer in layers):
         return layers[0]
     return reduce(overlaid, layers)
