@@ -1,7 +1,10 @@
 """The loss is a mean over the step's valid tokens, however the step is cut up."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -248,3 +251,20 @@ def test_the_optimizer_gets_what_the_config_says() -> None:
     for group in groups:
         decay = 0.0 if group["name"] == "vectors" else 0.7
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.5, 0.6), 1e-3, decay)
+
+
+def test_ngrams_can_be_added_to_a_trained_model_and_not_taken_away(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    """They begin at zero, so the first loss is that of the model without them; less is another shape."""
+    base = str(train("fit", "--run.name", "base", "--trainer.max_steps", "4"))
+    onward = ("fit", "--trainer.max_steps", "2", "--trainer.log_every_n_steps", "1", "--model.init_from")
+    ngrams = ("--model.transformer.ngrams", '{"n_slots": 16, "n_hashes": 2}')
+    plain = train(*onward, base, "--run.name", "plain")
+    more = train(*onward, base, "--run.name", "more", *ngrams)
+    first = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["train/loss"] for run in (plain, more)]
+    assert first[0] == first[1]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train(*onward, str(more), "--run.name", "less")
+    assert "model.transformer.ngrams" in capsys.readouterr().err
