@@ -19,7 +19,7 @@ setup: .venv/.installed ## create .venv and install everything (once)
 train: setup ## train the embedded default: a small MoE on the King James Bible (CPU, minutes, offline)
 	@$(BIN)/python train.py fit
 
-study: setup ## a savings study in minutes: four techniques, and three together, against a plain baseline
+study: setup ## a savings study in minutes: five techniques, and four together, against a plain baseline
 	@$(BIN)/frugal savings configs/studies/quick.yaml --jobs 2
 
 test: setup ## run the whole test suite

@@ -141,14 +141,14 @@ def test_a_stopped_run_stops_the_study_and_the_next_start_goes_on(tmp_path: Path
     assert len(log) == len(set(log)) == 3 + runs.made
 
 
-def test_a_signal_reaches_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two runs at a time are told, save and end; no third one begins."""
+@pytest.mark.parametrize(
+    "handler", ["signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))", ""], ids=["saves", "starts"]
+)
+def test_a_signal_reaches_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: str) -> None:
+    """Two runs at a time are told and end, with their state saved or still starting; no third one begins."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text(
-        "import os, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        "open(f'{os.getpid()}.begun', 'w').close()\n"
-        "time.sleep(600)\n"
+        f"import os, signal, sys, time\n{handler}\nopen(f'{{os.getpid()}}.begun', 'w').close()\ntime.sleep(600)\n"
     )
     runs = StudyRuns("s", replace(STUDY, target=1.0), tmp_path, start=start_process)
     with ThreadPoolExecutor(1) as pool:
@@ -159,7 +159,7 @@ def test_a_signal_reaches_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         runs.stop(signal.SIGTERM)
         with pytest.raises(UserError, match="the same command goes on"):
             ended.result()
-    assert len(list(tmp_path.glob("*.begun"))) == 2
+    assert len(list(tmp_path.glob("*.begun"))) == 2 and not runs.failures
 
 
 def test_what_a_failed_arm_leaves(tmp_path: Path) -> None:

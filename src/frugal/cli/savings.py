@@ -33,6 +33,7 @@ def savings(
     import json
     import os
     import signal
+    import sys
     from dataclasses import replace
     from functools import partial
     from pathlib import Path
@@ -43,7 +44,7 @@ def savings(
     from frugal.tracking.savings import compare
     from frugal.tracking.savings_report import markdown, write_report
     from frugal.tracking.study import read_study
-    from frugal.tracking.study_runs import StudyRuns, conditions, start_process
+    from frugal.tracking.study_runs import SIGNALS, STOPPED, StudyRuns, conditions, start_process
 
     require(jobs > 0, f"jobs: must be positive, got {jobs}")
     require(Path("train.py").is_file(), "no train.py here: run from the project's root folder")
@@ -66,12 +67,19 @@ def savings(
             free.put(device)
     start = None if report_only else partial(start_process, threads=max(1, cores // jobs), devices=free)
     runs = StudyRuns(name, wanted, folder, wandb, start)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, runs.stop)
+    earlier = {number: signal.signal(number, runs.stop) for number in SIGNALS}
     try:
         results, sweeps = runs.all(jobs), runs.sweeps
     except KeyboardInterrupt:
         raise UserError(f"{name}: interrupted after {runs.made} new run(s); the same command goes on") from None
+    except UserError as error:
+        if not runs.stopped:
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(STOPPED)
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
     if arms:  # beside those named now, the report keeps what earlier calls have made
         there = StudyRuns(name, replace(wanted, only=[]), folder, wandb, None).there()
         wanted = replace(wanted, only=[*arms, *there])

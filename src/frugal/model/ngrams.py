@@ -1,6 +1,6 @@
 """Embeddings of the last few tokens together, looked up by hash (see `NgramConfig`).
 
-Shape letters: B batch, T tokens, O orders, H hashes, D d_model.
+Shape letters: B batch, T tokens, O orders, H hashes, C = D / H columns of a table, D d_model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class NgramEmbedding(nn.Module):
     def __init__(self, config: NgramConfig, d_model: int, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.weight = nn.Parameter(torch.zeros(config.n_tables * config.n_slots, d_model // config.n_hashes))
+        self.weight = nn.Parameter(torch.empty(config.n_tables * config.n_slots, d_model // config.n_hashes))
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Look up each table's part and join them; the orders add up."""

@@ -1,6 +1,6 @@
 """The blocks between an embedding and a head, the decoder on text, and all weight initialisation in one function.
 
-Shape letters: B batch, T tokens, D d_model, V vocabulary.
+Shape letters: B batch, T tokens, S tokens seen so far, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ class Transformer(BlockStack):
             init_weights(self.mtp, config)
         if config.ngrams:
             self.ngram_embedding = NgramEmbedding(config.ngrams, config.d_model, config.vocab_size)
+            init_weights(self.ngram_embedding, config)
 
     def all_blocks(self) -> list[Block]:
         """The layers' blocks, and those of multi-token prediction."""
@@ -159,8 +160,10 @@ class Transformer(BlockStack):
         """What n-grams add at these positions; the cache holds the ids of those before."""
         if cache is None:
             return self.ngram_embedding(ids_BT)
-        (seen_B11S,) = cache.append(ids_BT[:, None, :, None])
-        return self.ngram_embedding(seen_B11S[:, 0, :, 0])[:, -ids_BT.shape[1] :]
+        length, orders = ids_BT.shape[1], self.ngram_embedding.config.orders
+        (seen_B1S1,) = cache.append(ids_BT[:, None, :, None])
+        latest_BS = seen_B1S1[:, 0, 1 - length - max(orders) :, 0]
+        return self.ngram_embedding(latest_BS)[:, -length:]
 
     def _rotary(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         return self.cos[start : start + length], self.sin[start : start + length]
@@ -213,6 +216,8 @@ def init_weights(model: nn.Module, config: BlocksConfig) -> None:
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, NgramEmbedding):
+            nn.init.zeros_(module.weight)
         elif isinstance(module, PatchEmbedding):
             for parameter in module.parameters():
                 nn.init.normal_(parameter, std=std)

@@ -160,12 +160,14 @@ def training_memory(config: TransformerConfig, load: Load) -> Memory:
     if config.ngrams:  # which rows were looked up
         activations += 8.0 * tokens * config.ngrams.n_tables
     if operand < weight and parts == 1:  # 16-bit copies of the matrices, kept for the backward pass
-        activations += operand * counts.total
+        activations += operand * (counts.total - _looked_up(config))
     blocks = _block_weights(config)
     if load.strategy == "expert" and config.moe:  # rows travel to the experts, the experts stay
         blocks[-1] -= 3 * config.moe.n_experts * config.d_model * config.moe.d_expert
         activations += 2.0 * operand * tokens * config.moe.top_k * config.d_model
-    gathered = 2.0 * operand * max(blocks) if parts > 1 else 0.0  # a block and the next one, whole
+    ends = _looked_up(config) + config.n_outputs * config.d_model
+    # A block and the next one, whole; and all the time what lies around them: look-up tables and head.
+    gathered = 2.0 * operand * max(blocks) + weight * ends if parts > 1 else 0.0
     return Memory(
         weights=state.weights / parts,
         gradients=state.gradients / parts,
@@ -189,13 +191,18 @@ def _logits(config: TransformerConfig, load: Load, operand: int) -> float:
     return min(chunk, tokens) * config.vocab_size * (4.0 + 2 * operand) + head
 
 
+def _looked_up(config: TransformerConfig) -> int:
+    """Weights that no product reads: the input's, but for a table that is the head, too."""
+    return config.input_parameters - (config.n_outputs * config.d_model if config.tie_embeddings else 0)
+
+
 def _block_weights(config: TransformerConfig) -> list[int]:
     """Weights of each layer's block (a shared one at each of its layers)."""
-    bare = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, ngrams=None, moe=None)).total
-    table = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2) + config.d_model
+    bare = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, moe=None)).total
+    table = _looked_up(config) + config.n_outputs * config.d_model + config.d_model
     dense = bare - table
     if config.moe is None:
         return [dense]
     mixed = replace(config.moe, first_k_dense=0)
-    one = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, ngrams=None, moe=mixed)).total - table
+    one = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, moe=mixed)).total - table
     return [dense, one] if config.moe.first_k_dense else [one]

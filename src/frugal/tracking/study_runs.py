@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -26,9 +27,11 @@ from frugal.tracking.study import AXES, Arm, RunSpec, Study, run_spec
 from frugal.units import duration
 
 log = logging.getLogger(__name__)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 75  # exit code of a run that was told to stop
 Start = Callable[[list[str], Path], int]  # command of train.py, log file -> exit status
 _running: set[subprocess.Popen[bytes]] = set()
+_told: list[int] = []  # the signal that has told all runs to stop
 
 
 def start_process(command: list[str], log_file: Path, threads: int = 1, devices: SimpleQueue[str] | None = None) -> int:
@@ -46,6 +49,8 @@ def start_process(command: list[str], log_file: Path, threads: int = 1, devices:
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         _running.add(process)
         try:
+            if _told:  # between the check of the study and now
+                process.send_signal(_told[0])
             return process.wait()
         finally:
             _running.discard(process)
@@ -112,7 +117,8 @@ class StudyRuns:
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
         self.done = self.made = 0
-        self._stopped = False
+        self.stopped = False
+        _told.clear()
         self._began = time.monotonic()
 
     # --- one run
@@ -142,7 +148,7 @@ class StudyRuns:
     def _make(self, spec: RunSpec, key: str) -> dict[str, Any] | None:
         if self.start is None or spec.name in self.failures:
             return None
-        if self._stopped:  # another run was told to stop: begin no new one
+        if self.stopped:  # another run was told to stop: begin no new one
             raise UserError(f"{spec.name}: not begun; the same command goes on")
         run = {"name": spec.name, "root": str(self.out / "runs"), "group": self.name, "wandb": self.wandb}
         overlay = {**spec.overlay, "run": {**run, "tags": ["study", self.name, spec.arm]}}
@@ -153,9 +159,9 @@ class StudyRuns:
         command = [sys.executable, "train.py", "fit", "--config", str(file), "--ckpt_path", "last"]
         output, began = file.with_suffix(".log"), time.monotonic()
         status = self.start(command, output)
-        if status == STOPPED:
-            self._stopped = True
-            raise UserError(f"{spec.name}: was told to stop and has saved its state; the same command goes on")
+        if status == STOPPED or (status and self.stopped):  # a run that was still starting has nothing to save
+            self.stopped = True
+            raise UserError(f"{spec.name}: was told to stop; the same command goes on")
         summary = self._summary(key)
         if status or summary is None or summary["loss"] is None:
             lines = output.read_text(encoding="utf-8").strip().splitlines() if output.is_file() else []
@@ -168,7 +174,8 @@ class StudyRuns:
 
     def stop(self, number: int, _: object = None) -> None:
         """Begin no further run and pass a signal on to those that run; a handler for `signal.signal`."""
-        self._stopped = True
+        self.stopped = True
+        _told[:] = [number]
         for process in tuple(_running):
             process.send_signal(number)
 
