@@ -1,6 +1,9 @@
 """`frugal savings`: every shipped study is accepted, and a real one of seconds goes from arms to a report."""
 
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import yaml
 from frugal.cli.train import build
 from frugal.cli.train import main as train
 from frugal.cli.verbs import main
+from frugal.tracking import study_runs
 from frugal.tracking.read_runs import flat
 from frugal.tracking.study import read_study, run_spec
 
@@ -98,6 +102,25 @@ def test_a_study_runs_reports_and_is_not_run_twice(
     shown = (project / "out/small/small.md").read_text()
     assert "| wide | **" in shown and "| same | **" in shown and "| swept |" not in shown
     assert (project / "out/small/small.png").is_file() and (project / "out/small/small.md").is_file()
+
+
+def test_a_study_that_is_told_to_stop_ends_with_75_and_gives_the_signal_back(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def start(command: list[str], log_file: Path, threads: int = 1, devices: object = None) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not study_runs._told:  # the main thread's handler
+            time.sleep(0.01)
+        return -signal.SIGTERM  # as of a run that was still starting
+
+    monkeypatch.setattr("frugal.tracking.study_runs.start_process", start)
+    shutil.copy(ROOT / "train.py", project)
+    (project / "small.yaml").write_text("question: q\nsteps: 8\noverlays: [tiny.yaml]\narms: [{name: same}]\n")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["savings", "small.yaml", "--out", "out", "--wandb", "disabled"])
+    assert ended.value.code == 75 and signal.getsignal(signal.SIGTERM) is before
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
