@@ -116,7 +116,7 @@ class StudyRuns:
         self.arms = {arm.name: arm for arm in study.all_arms()}
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
-        self.done = self.made = 0
+        self.done = self.made = self.searched = 0
         self.stopped = False
         _told.clear()
         self._began = time.monotonic()
@@ -254,9 +254,11 @@ class StudyRuns:
             searches += [(arm, seed) for seed in self.study.seeds for arm in others]
 
             def one(search: tuple[Arm, int]) -> list[Result]:
+                before = self.made
                 results = self.search(*search)
                 with self._guard:
                     self.done += 1
+                    self.searched += self.made > before  # what was there already took no time
                 self._say(len(searches))
                 return results
 
@@ -280,8 +282,9 @@ class StudyRuns:
         if self.start is None:
             return
         spent = time.monotonic() - self._began
-        left = spent / max(self.done, 1) * (total - self.done)
-        log.info("%d of %d arms and seeds done, about %s left", self.done, total, duration(left))
+        pace = spent / self.searched if self.searched else 0.0
+        left = f", about {duration(pace * (total - self.done))} left" if pace else ""
+        log.info("%d of %d arms and seeds done%s", self.done, total, left)
 
 
 def conditions(results: dict[str, dict[int, list[Result]]], jobs: int) -> list[str]:
