@@ -1,5 +1,6 @@
 """The local queue, with a stand-in for train.py that counts steps, saves on SIGTERM and goes on from there."""
 
+import functools
 import json
 import os
 import signal
@@ -178,7 +179,9 @@ FRUGAL = str(Path(sys.executable).parent / "frugal")
 @pytest.fixture
 def launcher(queue: Path) -> Iterator[subprocess.Popen]:
     command = [FRUGAL, "launch", "local", "base", "--seeds", "1", "2", "--", "--steps", "60"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A suite that was begun in the background may ignore Ctrl-C, and processes inherit that.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
     until(lambda: any(Path("runs").glob("*/*/trace.jsonl")))
     yield process
     process.kill()
