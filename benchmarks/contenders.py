@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from frugal.model.config import AttentionConfig, MoEConfig, TransformerConfig, flops_per_token
 from frugal.model.transformer import Transformer
 from frugal.training.compilation import compile_blocks
+from frugal.training.fp8 import Float8, convert_to_float8
 from frugal.training.losses import summed_nll
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +42,7 @@ class Shape:
 
 
 def shape_for(device: str, n_experts: int | None = None) -> Shape:
-    """FINDINGS-sized on a CPU, about 0.9B parameters with 0.25B active on a GPU; experts vary at equal active FLOPs."""
+    """Small on a CPU, 0.5B parameters with 0.17B active on a GPU; numbers of experts vary at equal active FLOPs."""
     if device == "cpu":
         moe = MoEConfig(n_experts=n_experts or 16, top_k=2, d_expert=256, n_shared_experts=1, first_k_dense=1)
         return Shape(
@@ -49,11 +50,13 @@ def shape_for(device: str, n_experts: int | None = None) -> Shape:
         )
     moe = MoEConfig(n_experts=n_experts or 32, top_k=4, d_expert=512, n_shared_experts=1, first_k_dense=1)
     attention = AttentionConfig(n_heads=8)
-    return Shape(TransformerConfig(1024, 16, 2560, attention, moe, vocab_size=32768, max_seq_len=2048), 16)
+    return Shape(TransformerConfig(1024, 8, 2560, attention, moe, vocab_size=32768, max_seq_len=2048), 8)
 
 
-def _ours(config: TransformerConfig, compiled: bool) -> tuple[nn.Module, Loss]:
+def _ours(config: TransformerConfig, compiled: bool, fp8: bool = False) -> tuple[nn.Module, Loss]:
     model = Transformer(config)
+    if fp8:
+        convert_to_float8(model, Float8())
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
         return summed_nll(model.hidden(ids), model.head.weight, labels, fuse=compiled) / labels.numel()
@@ -61,10 +64,13 @@ def _ours(config: TransformerConfig, compiled: bool) -> tuple[nn.Module, Loss]:
     return model, loss, (lambda: compile_blocks(model)) if compiled else None  # type: ignore
 
 
-def _hugging_face(config: Any, compiled: bool) -> tuple[nn.Module, Loss]:
+def _hugging_face(config: Any, compiled: bool, half: bool = False) -> tuple[nn.Module, Loss]:
+    """Under autocast over float32 weights its grouped experts compute in float32; `half` stores bfloat16 weights."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(config)
+    if half:
+        model.to(torch.bfloat16)
     model.train()
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
@@ -152,15 +158,32 @@ def _dense_width(shape: Shape) -> int:
     return (shape.moe.top_k + shape.moe.n_shared_experts) * shape.moe.d_expert
 
 
+# Neighbours run together on a GPU that holds two: a large one beside a small one.
 CONTENDERS: dict[str, Callable[[Shape], tuple[nn.Module, Loss]]] = {
     "frugal, compiled": lambda shape: _ours(shape.config, True),
+    "DeepseekV3 (HF, grouped_mm), compiled": lambda shape: _hugging_face(_deepseek(shape, "grouped_mm"), True),
     "frugal, eager": lambda shape: _ours(shape.config, False),
+    "DeepseekV3 (HF, grouped_mm), eager": lambda shape: _hugging_face(_deepseek(shape, "grouped_mm"), False),
     "frugal dense, compiled": lambda shape: _ours(replace(shape.config, moe=None, d_ff=_dense_width(shape)), True),
     "Llama (HF, dense), compiled": lambda shape: _hugging_face(_llama(shape), True),
-    "DeepseekV3 (HF, grouped_mm), eager": lambda shape: _hugging_face(_deepseek(shape, "grouped_mm"), False),
-    "DeepseekV3 (HF, grouped_mm), compiled": lambda shape: _hugging_face(_deepseek(shape, "grouped_mm"), True),
     "DeepseekV3 (HF, loop), eager": lambda shape: _hugging_face(_deepseek(shape, "eager"), False),
     "DeepseekV3 (HF, loop), compiled": lambda shape: _hugging_face(_deepseek(shape, "eager"), True),
     "Qwen3Moe (HF, grouped_mm), eager": lambda shape: _hugging_face(_qwen3(shape), False),
     "Qwen3Moe (HF, grouped_mm), compiled": lambda shape: _hugging_face(_qwen3(shape), True),
+}
+# Other number formats, on a GPU; what ours are told is in `throughput_worker.py`.
+FORMATS: dict[str, Callable[[Shape], tuple[nn.Module, Loss]]] = {
+    "frugal, compiled, fp8": lambda shape: _ours(shape.config, True, fp8=True),
+    "frugal, compiled, float16": CONTENDERS["frugal, compiled"],
+    "frugal, compiled, tf32": CONTENDERS["frugal, compiled"],
+    "frugal, compiled, float32": CONTENDERS["frugal, compiled"],
+    "DeepseekV3 (HF, grouped_mm), compiled, bfloat16 weights": (
+        lambda shape: _hugging_face(_deepseek(shape, "grouped_mm"), True, half=True)
+    ),
+    "DeepseekV3 (HF, grouped_mm), eager, bfloat16 weights": (
+        lambda shape: _hugging_face(_deepseek(shape, "grouped_mm"), False, half=True)
+    ),
+    "Qwen3Moe (HF, grouped_mm), compiled, bfloat16 weights": (
+        lambda shape: _hugging_face(_qwen3(shape), True, half=True)
+    ),
 }

@@ -6,8 +6,8 @@
 
 Every contender is a process of its own with the same batch, fused AdamW and allocator settings. On a CPU (float32) all
 stay alive and take turns, a few steps each, round after round, so that a noisy machine is noisy for all; on CUDA
-(bfloat16 autocast) they come one after the other, since memory holds only one. The large matrix product whose speed
-is the peak takes its turn like a contender. Medians over rounds; ratios are medians of each round's ratio on a CPU.
+(bfloat16 autocast, unless the name says otherwise) `--together` says how many memory holds. The large matrix product
+whose speed is the peak takes its turn like a contender. Medians over rounds; ratios are medians of each round's ratio.
 A step is forward, loss, backward and optimizer. Peak memory on a CPU is the resident peak of the timed steps less
 what the imports alone took; on CUDA it is what torch allocated.
 """
@@ -23,6 +23,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from benchmarks.contenders import CONTENDERS, Shape, shape_for  # noqa: E402
+from benchmarks.contenders import CONTENDERS, FORMATS, Shape, shape_for  # noqa: E402
 
 REFERENCE = "DeepseekV3 (HF, grouped_mm), eager"
 SWEEP = ["frugal, compiled", "frugal, eager", REFERENCE, "DeepseekV3 (HF, loop), eager"]
@@ -93,9 +94,9 @@ class Worker:
 
 
 def measure(
-    device: str, wanted: list[tuple[str, int]], rounds: int, steps: int
-) -> tuple[list[Worker], dict[str, float], list[str]]:
-    """Run all contenders; returns them, the peak in TFLOP/s by library, and what failed."""
+    device: str, wanted: list[tuple[str, int]], rounds: int, steps: int, together: int
+) -> Iterator[tuple[list[Worker], dict[str, float], list[str]]]:
+    """Run all contenders, `together` at a time; yields those done, the peak in TFLOP/s by library, and what failed."""
     peaks: dict[str, list[float]] = {}
     failures: list[str] = []
     done: list[Worker] = []
@@ -106,31 +107,26 @@ def measure(
 
     matmul = Worker.start("matmul", device, 0, 0)
     matmul.read()
-    alive: list[Worker] = []
-    for name, n_experts in wanted:
-        worker = Worker.start(name, device, n_experts, steps)
-        print(f"starting {name} {n_experts or ''}", file=sys.stderr, flush=True)
-        try:
-            worker.parameters = worker.read()["parameters"]
-        except RuntimeError as error:
-            failures.append(str(error))
-            continue
-        if device == "cpu":
-            alive.append(worker)
-            continue
-        peak(matmul)
-        for _ in range(rounds):
-            worker.take_turn()
-        worker.end()
-        done.append(worker)
-    for number in range(rounds if alive else 0):
-        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-        peak(matmul)
+    for first in range(0, len(wanted), together):
+        workers = [Worker.start(name, device, n, steps) for name, n in wanted[first : first + together]]
+        alive: list[Worker] = []
+        for worker in workers:
+            print(f"starting {worker.name} {worker.n_experts or ''}", file=sys.stderr, flush=True)
+            try:
+                worker.parameters = worker.read()["parameters"]
+                alive.append(worker)
+            except RuntimeError as error:
+                failures.append(str(error))
+        for number in range(rounds if alive else 0):
+            print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            peak(matmul)
+            for worker in alive:
+                worker.take_turn()
         for worker in alive:
-            worker.take_turn()
-    for worker in [*alive, matmul]:
-        worker.end()
-    return done + alive, {library: statistics.median(values) for library, values in peaks.items()}, failures
+            worker.end()
+        done += alive
+        yield done, {library: statistics.median(values) for library, values in peaks.items()}, failures
+    matmul.end()
 
 
 def ratio(worker: Worker, reference: Worker) -> float:
@@ -218,19 +214,26 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the contenders to run")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=3, help="steps of one turn")
+    parser.add_argument("--together", type=int, help="contenders at a time: as many as memory holds; all on a CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(args)
     names = [
-        n for n in (SWEEP if options.experts else CONTENDERS) if not options.only or any(o in n for o in options.only)
+        name
+        for name in (SWEEP if options.experts else [*CONTENDERS, *(FORMATS if options.device == "cuda" else ())])
+        if not options.only or any(part in name for part in options.only)
     ]
     wanted = [(name, n) for n in options.experts or [0] for name in names]
     shapes = {n: shape_for(options.device, n or None) for n in options.experts or [0]}
-    workers, peaks, failures = measure(options.device, wanted, options.rounds, options.steps)
     command = shlex.join(["python", "benchmarks/throughput.py", *(sys.argv[1:] if args is None else args)])
-    report = describe(options.device, shapes, peaks, command, failures) + "\n\n" + table(workers, peaks, shapes) + "\n"
     stem = f"throughput_{options.device}" + ("_experts" if options.experts else "")
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{stem}.md").write_text(report, encoding="utf-8")
+    together = options.together or (len(wanted) if options.device == "cpu" else 1)
+    report = ""
+    for workers, peaks, failures in measure(options.device, wanted, options.rounds, options.steps, together):
+        report = (
+            describe(options.device, shapes, peaks, command, failures) + "\n\n" + table(workers, peaks, shapes) + "\n"
+        )
+        (options.out / f"{stem}.md").write_text(report, encoding="utf-8")
     if workers:
         plot(workers, shapes, options.out / f"{stem}.png", bool(options.experts))
     print(report)

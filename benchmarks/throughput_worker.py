@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.contenders import CONTENDERS, shape_for
+from benchmarks.contenders import CONTENDERS, FORMATS, shape_for
 
 from frugal.cli.memory import keep_freed_memory
 from frugal.training.optim import build_optimizer, parameter_groups
@@ -67,11 +67,14 @@ def main() -> None:
         return
     torch.manual_seed(0)
     shape = shape_for(device, n_experts)
-    if device == "cuda":
+    number = name.split(", ")[-1]
+    if device == "cuda" and number != "float32":
         torch.set_float32_matmul_precision("high")
+    half = device == "cuda" and number not in ("float32", "tf32")
+    dtype = torch.float16 if number == "float16" else torch.bfloat16  # without a scaler: for the speed alone
     baseline = resident_gib("VmRSS")
     with torch.device(device):
-        model, loss, *rest = CONTENDERS[name](shape)
+        model, loss, *rest = (CONTENDERS | FORMATS)[name](shape)
     for prepare in rest:
         if prepare:
             prepare()
@@ -82,7 +85,7 @@ def main() -> None:
     ids, labels = tokens[:, :-1].to(device), tokens[:, 1:].contiguous().to(device)
 
     def step() -> None:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, dtype=dtype, enabled=half):
             value = loss(ids, labels)
         value.backward()
         optimizer.step()

@@ -27,6 +27,9 @@ class FakeNvml:
             raise RuntimeError("not found")
         return uuid
 
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        return {"GPU-a": 110_000, "GPU-b": 350_500}[handle]  # milliwatts
+
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
         return self.millijoules[handle]
 
@@ -53,6 +56,7 @@ def test_nvml_counts_the_gpus_in_use_only() -> None:
     library.millijoules["GPU-b"] += 2_500
     assert counter.joules() == 2.5 and counter.joules() == 0
     assert counter.name == "NVML, 1 GPU(s)"
+    assert counter.watts() == 350.5 and Nvml(["a", "b"], library).watts() == 460.5
 
 
 def test_counters_are_what_the_machine_has(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from frugal.errors import UserError
 from frugal.model import linear
 from frugal.model.config import MoEConfig, TransformerConfig
+from frugal.model.grouped import grouped_nt
 from frugal.model.moe import MoE
 from frugal.model.router import Router
 
@@ -98,6 +99,22 @@ def test_an_expert_without_tokens_gets_no_gradient_and_harms_nobody(tiny: Transf
     torch.testing.assert_close(out, loop_over_experts(moe, x), atol=1e-5, rtol=1e-5)
     assert moe.load.tolist() == [0] * 6 + [18, 18]
     assert moe.experts.w13.grad is not None and moe.experts.w13.grad[:6].abs().max() == 0
+
+
+def test_autocast_s_rules_end_where_the_experts_begin(tiny: TransformerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They differ by device: CUDA's takes sums in float32, and the backward pass then had two types in a product."""
+    seen = []
+
+    def product(*args: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return grouped_nt(*args)
+
+    monkeypatch.setattr("frugal.model.experts.grouped_nt", product)
+    moe = MoE(tiny)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = moe(torch.randn(2, 8, tiny.d_model))
+    out.float().sum().backward()
+    assert seen == [False] * 3  # two forward, one backward: the input needs no gradient
 
 
 def test_shared_experts_may_have_their_own_width(tiny: TransformerConfig) -> None:

@@ -12,7 +12,7 @@ from ranks import run
 
 from frugal.errors import UserError
 from frugal.model.config import AttentionConfig, SharingConfig, TransformerConfig
-from frugal.model.parallelize import ParallelSizes
+from frugal.model.parallelize import SEVERAL_MESHES, ParallelSizes
 from frugal.model.recompute import recompute_blocks
 from frugal.model.transformer import Transformer
 from frugal.planning.communication import Traffic, bytes_per_step
@@ -22,6 +22,8 @@ Found = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Found]:
+    if not SEVERAL_MESHES:
+        pytest.skip("this torch cannot keep experts and matrices apart")
     n = request.param
     folder = made_once(tmp_path_factory, f"cases-{n}", lambda here: run(n, [{"call": "parallel_cases:check"}], here))
     return request.param, json.loads((folder / "cases.json").read_text())

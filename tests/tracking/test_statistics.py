@@ -65,6 +65,8 @@ def test_the_margin_decides() -> None:
     assert decide(0.90, 0.95, margin=0.02) == "saves"
     assert decide(0.90, 0.985, margin=0.02) == "ties"
     assert decide(1.03, 1.5, margin=0.02) == "costs" and decide(1.01, 1.5, margin=0.02) == "ties"
+    assert decide(1.03, math.inf, margin=0.02) == "costs" and decide(0.85, math.inf, margin=0.02) == "open"
+    assert decide(0.0, 0.9, margin=0.02) == "saves" and decide(0.0, 1.2, margin=0.02) == "open"
 
 
 def test_one_seed_has_no_verdict() -> None:
@@ -89,7 +91,7 @@ def test_one_seed_of_three_that_misses_opens_the_interval_upwards() -> None:
     base = [Reach({"flops": 100.0})] * 3
     mine = [Reach({"flops": 70.0}), Reach({"flops": 72.0}), Reach({"flops": 140.0}, "at least", 0.01)]
     found = ratio(mine, base, "flops", 0.02)
-    assert found.high == math.inf and found.verdict == "ties" and found.bounded == 1
+    assert found.high == math.inf and found.verdict == "open" and found.bounded == 1
 
 
 def test_bounds_in_both_directions_say_nothing() -> None:

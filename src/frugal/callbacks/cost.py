@@ -80,8 +80,11 @@ class CostMeter(pl.Callback):
         self._lap()
         self._phase = phase
 
-    def _lap(self) -> None:
-        """Book the time since the last call; waiting for data and compiling have accounts of their own."""
+    def _lap(self, watts: float = 0.0) -> None:
+        """Book the time since the last call; waiting for data and compiling have accounts of their own.
+
+        `watts` is what the machine drew before anything counted.
+        """
         now, cpu = time.perf_counter(), time.process_time()
         whole = seconds = now - self._mark
         self.ledger.train_cpu_seconds += cpu - self._cpu_mark if self._phase == "step" else 0.0
@@ -94,16 +97,19 @@ class CostMeter(pl.Callback):
             self._apart[part], seconds = total, seconds - share
             self.ledger.seconds[part] += share
         self.ledger.seconds[self._phase] += seconds
-        self._pay(whole, sum(counter.joules() for counter in self._counters) * self.nodes if self._counters else None)
+        measured = sum(counter.joules() for counter in self._counters) * self.nodes if self._counters else None
+        self._pay(whole, None if watts else measured, watts)
 
-    def _pay(self, seconds: float, measured: float | None = None) -> None:
+    def _pay(self, seconds: float, measured: float | None = None, watts: float = 0.0) -> None:
         """At this machine's price and, where nothing measures, its watts; earlier parts of a run keep theirs."""
         if measured is not None:
             self.ledger.joules += measured
             self.ledger.joules_measured += measured
+        elif watts:
+            self.ledger.joules += watts * seconds
         if self.row is not None:
             self.ledger.dollars += self.row.dollars(seconds, self.units)
-            if measured is None:
+            if measured is None and not watts:
                 self.ledger.joules += self.row.joules(seconds, self.units)
 
     # --- hooks
@@ -119,9 +125,16 @@ class CostMeter(pl.Callback):
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         self.device_name = name
         self._mark = time.perf_counter() if self.began is None else self.began
+        if self.measure_energy:
+            devices = getattr(trainer.strategy, "parallel_devices", None) or [self.device]
+            cuda = [device for device in devices if device.type == "cuda"]
+            self._counters = open_counters([str(torch.cuda.get_device_properties(d).uuid) for d in cuda])
+        # A GPU that waits for its program to start draws a fraction of what it draws in training.
+        waiting = sum(counter.watts() for counter in self._counters) * self.nodes
         if self.given_peak is None:
             dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision).split("-")[0])
             self._keep_peak(name, measure_matmul_peak(self.device, dtype or torch.float32))
+            self._memory.forget(self.device)  # of the matrices just multiplied
         self.row = choose_hardware(self.rows, name, self.hardware)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.units = cores if self.row is None or self.row.per_core else trainer.world_size
@@ -129,11 +142,7 @@ class CostMeter(pl.Callback):
         self._folder = RunFolder(Path(trainer.default_root_dir))
         if self._resumed and self._folder.meter.is_file():
             self.ledger.add_lost(Ledger.load(json.loads(self._folder.meter.read_text(encoding="utf-8"))))
-        self._lap()
-        if self.measure_energy:
-            devices = getattr(trainer.strategy, "parallel_devices", None) or [self.device]
-            cuda = [device for device in devices if device.type == "cuda"]
-            self._counters = open_counters([str(torch.cuda.get_device_properties(d).uuid) for d in cuda])
+        self._lap(waiting)
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         trainer.save_checkpoint = self._timed(trainer.save_checkpoint)  # type: ignore[method-assign]
 
@@ -324,7 +333,7 @@ class CostMeter(pl.Callback):
             "device": self.device_name,
             "devices": trainer.world_size,
             "cores": self.units if self.row and self.row.per_core else None,
-            "precision": str(trainer.precision),
+            "precision": "tf32" if pl_module.tf32 else str(trainer.precision),
         }
 
     def _assumption(self) -> str:

@@ -23,6 +23,9 @@ class EnergyCounter(Protocol):
     def joules(self) -> float:
         """Joules since the last call; the first call counts from when the counter was made."""
 
+    def watts(self) -> float:
+        """What is drawn now; zero where only totals are counted."""
+
 
 class Rapl:
     """All processor packages of the machine, whatever else runs on them (Linux powercap, Intel and AMD).
@@ -54,6 +57,10 @@ class Rapl:
         self._last = now
         return sum((n - b) % (size + 1) for n, b, size in zip(now, last, self._range, strict=True)) / 1e6
 
+    def watts(self) -> float:
+        """Not told."""
+        return 0.0
+
 
 class Nvml:
     """Some GPUs of this machine, Volta or newer.
@@ -82,6 +89,10 @@ class Nvml:
         """Since the last call; NVML counts millijoules since its driver was loaded."""
         last, self._last = self._last, self._read()
         return (self._last - last) / 1e3
+
+    def watts(self) -> float:
+        """Of all of them, over the last second or less."""
+        return sum(self.library.nvmlDeviceGetPowerUsage(handle) for handle in self.handles) / 1e3
 
 
 def open_counters(uuids: Sequence[str] = (), root: Path = POWERCAP, library: Any = None) -> list[EnergyCounter]:

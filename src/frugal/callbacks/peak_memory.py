@@ -23,13 +23,18 @@ class PeakMemory:
     def start(self, device: torch.device) -> None:
         """Forget earlier peaks."""
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+            self.forget(device)
             return
         try:
             CLEAR.write_text("5")  # resets VmHWM (Linux, proc(5))
             self._before = _status("VmRSS")
         except (OSError, KeyError):
             self._before = None
+
+    def forget(self, device: torch.device) -> None:
+        """Leave out what a GPU has held for a while and given back; on a CPU it is too little to count."""
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     def bytes(self, device: torch.device) -> int | None:
         """The peak so far."""

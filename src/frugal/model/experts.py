@@ -148,5 +148,8 @@ class Experts(nn.Module):
         index_S, w13_SHD, w2_SDI = self.trained or (None, None, None)
         if w13_SHD is not None and w2_SDI is not None and torch.is_autocast_enabled(x_TD.device.type):
             w13_SHD, w2_SDI = w13_SHD.to(w13.dtype), w2_SDI.to(w2.dtype)
-        out_TD = _GroupedSwiGLU.apply(x_TD, w13, w2, weights_TK, order_N, inverse_N, ends_E, index_S, w13_SHD, w2_SDI)
+        with torch.autocast(x_TD.device.type, enabled=False):  # CUDA's would take the sum over K in float32
+            out_TD = _GroupedSwiGLU.apply(
+                x_TD, w13, w2, weights_TK, order_N, inverse_N, ends_E, index_S, w13_SHD, w2_SDI
+            )
         return out_TD, load_E

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as register_forward_method
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp_common
 from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -31,6 +31,7 @@ from frugal.model.moe import MoE, SwiGLU
 from frugal.model.transformer import Block, Transformer
 
 DATA, TENSOR, EXPERT = "data_parallel", "tensor_parallel", "expert_parallel"
+SEVERAL_MESHES = hasattr(fsdp_common, "ShardPlacementResult")  # torch 2.11 shards all weights of a model over one
 COLUMNS = ("wq", "wq_up", "wk", "wv", "wkv_up")  # of either attention: their outputs belong to heads
 
 
@@ -91,6 +92,10 @@ class ParallelSizes:
                 number % self.data == 0,
                 f"{key}.data_parallel_size: {self.data} does not divide model.transformer.{what} ({number})",
             )
+        require(
+            SEVERAL_MESHES,
+            f"{key}.{name}: torch {torch.__version__} shards all weights over one mesh; needs torch 2.13, or use 1",
+        )
 
 
 def device_mesh(sizes: ParallelSizes, device_type: str) -> DeviceMesh:
@@ -128,14 +133,14 @@ def parallelize(
     if tensor > 1:
         model.shared_by = (inner.get_local_rank(), tensor)
     everyone = mesh._flatten("everyone")
-    over_data = FSDPMeshInfo(mesh=mesh[DATA], shard_mesh_dim=0)
+    over_data = fsdp_common.FSDPMeshInfo(mesh=mesh[DATA], shard_mesh_dim=0)
 
-    def placement(parameter: nn.Parameter) -> ShardPlacementResult | None:
+    def placement(parameter: nn.Parameter) -> Any:
         if not isinstance(parameter, DTensor):
             return None
         (placed,) = parameter.placements
         # Along the other dimension, so that every process's part is one block of the whole.
-        return ShardPlacementResult(Shard(1 if placed.is_shard(0) else 0), over_data)
+        return fsdp_common.ShardPlacementResult(Shard(1 if placed.is_shard(0) else 0), over_data)
 
     options: dict[str, Any] = {
         "mesh": everyone,

@@ -14,7 +14,9 @@ from frugal.model.config import TransformerConfig, count_matrices, count_paramet
 
 Strategy = Literal["replicated", "sharded", "expert"]
 # Bytes of a weight and of its gradient, of a matrix product's operand, and of the residual stream.
-PRECISIONS = {"32-true": (4, 4, 4), "16-mixed": (4, 2, 4), "bf16-mixed": (4, 2, 4), "bf16-true": (2, 2, 2)}
+PRECISIONS = {
+    "32-true": (4, 4, 4), "tf32": (4, 4, 4), "16-mixed": (4, 2, 4), "bf16-mixed": (4, 2, 4), "bf16-true": (2, 2, 2)
+}  # fmt: skip
 # Optimizer state per parameter: how many numbers as large as the weight, by class. What is not listed counts as AdamW.
 MOMENTS = {
     "SGD": 1.0,  # momentum
@@ -102,16 +104,20 @@ def layer_elements(config: TransformerConfig, layer: int, load: Load) -> tuple[f
     attention, d = config.attention, config.d_model
     heads = attention.n_heads
     cpu, fused = load.device == "cpu", load.compiled or load.device == "cuda"
+    _, operand, stream = bytes_of(load.precision)
+    casts = operand < stream and not load.compiled  # autocast gives each product a copy of its input
     norm = d + 1 if fused else 2 * d + 1  # input and scale; the plain kernel keeps the normalised input too
     operands, exact = 2.0 * d, 2.0 * norm  # each norm's output feeds matrix products
     if latent := attention.latent:
         d_qk, d_v = latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim
         low = [latent.kv_lora_rank, *([latent.q_lora_rank] if latent.q_lora_rank else [])]
+        operands += casts * d
         operands += sum(low)  # the low-rank norms' outputs
         exact += sum(r + 1 if fused else 2 * r + 1 for r in low)
         scores = heads * (2 * d_qk + d_v)
     else:
         d_qk = d_v = config.head_dim
+        operands += casts * 2 * d
         scores = heads * 3 * d_qk
         if attention.qk_norm != "none":
             exact += (heads + attention.kv_heads) * d_qk * (1 if fused else 2)
@@ -121,10 +127,13 @@ def layer_elements(config: TransformerConfig, layer: int, load: Load) -> tuple[f
     exact += heads  # log-sum-exp of each row
     swiglu = 3 if load.compiled else 4  # gate, up, their product; plain kernels keep the activated gate too
     if not config.is_moe(layer):
-        return operands + swiglu * config.d_ff, exact
+        return operands + swiglu * config.d_ff + casts * d, exact
     moe = config.moe
     assert moe is not None
     operands += moe.top_k * 2 * moe.d_expert + swiglu * moe.shared_width
+    operands += load.compiled * moe.top_k * d  # the rows by expert, which plain kernels gather again
+    operands += casts * (2 * d if moe.shared_width else 0)
+    exact += casts * d  # the router's own input
     # Scores, chosen weights before and after their sum, and three 8-byte indices per chosen expert.
     exact += moe.n_experts + moe.top_k * (1 + moe.normalize_weights) + moe.normalize_weights + 6 * moe.top_k
     return operands, exact
@@ -188,7 +197,8 @@ def _logits(config: TransformerConfig, load: Load, operand: int) -> float:
         return tokens * config.vocab_size * (operand + 8.0)
     # Three chunks at once: the last one's logits and gradient while the next logits are computed.
     head = 2 * 4 * config.vocab_size * config.d_model
-    return min(chunk, tokens) * config.vocab_size * (4.0 + 2 * operand) + head
+    exact = 0.0 if load.compiled else 4.0  # one kernel needs no float32 copy
+    return min(chunk, tokens) * config.vocab_size * (exact + 2 * operand) + head
 
 
 def _looked_up(config: TransformerConfig) -> int:

@@ -24,7 +24,9 @@ RESERVED = 2**30  # bytes of a GPU that its context and workspaces take
 FRAGMENTS = 0.05  # share of a GPU's memory that the allocator cannot use
 LINKS_UNKNOWN = "links unknown"  # to several devices: the time is without communication
 TIE = 1.02  # times closer than this count as equal
-PEAKS = {"32-true": "float32", "16-mixed": "float16", "bf16-mixed": "bfloat16", "bf16-true": "bfloat16"}
+PEAKS = {
+    "32-true": "float32", "tf32": "tfloat32", "16-mixed": "float16", "bf16-mixed": "bfloat16", "bf16-true": "bfloat16"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

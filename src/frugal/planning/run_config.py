@@ -22,7 +22,7 @@ class PlannedRun:
         seq_len: tokens per sequence, where `lengths` says nothing else.
         lengths: (step, tokens per sequence) from which on sequences are that long.
         accumulate: micro-batches per step.
-        precision: as in `trainer.precision`.
+        precision: as in `trainer.precision`; tf32 with `model.tf32`.
         optimizer: name of its class.
         ns_steps: iterations of Muon's orthogonalization; 0 where the matrices are frozen under adapters.
         sharded: whether devices share the weights, as the config's strategy has it; else each has a copy.
@@ -119,7 +119,7 @@ def read_run(
         seq_len=length,
         lengths=tuple((int(stage["start"]), int(stage["seq_len"])) for stage in data.get("lengths") or ()),
         accumulate=accumulate,
-        precision=_precision(trainer.get("precision")),
+        precision="tf32" if module.get("tf32") else _precision(trainer.get("precision")),
         optimizer=optimizer,
         ns_steps=0 if module.get("lora") else int(settings.get("ns_steps", 5)),
         sharded="FSDP" in str(_args(trainer, "strategy").get("class_path", "")).upper(),

@@ -123,11 +123,13 @@ OPPOSITE: dict[Bound, Bound] = {"exact": "exact", "at least": "at most", "at mos
 def decide(low: float, high: float, margin: float) -> Verdict:
     """`saves` if the whole interval lies below 1/(1 + margin), `costs` if it lies above 1 + margin, else `ties`.
 
-    An interval without ends, from bounds alone, leaves it `open`.
+    An interval without an end, from bounds, that reaches beyond the margin is no tie: it leaves the question `open`.
     """
-    if low == 0 and math.isinf(high):
-        return "open"
-    return "saves" if high < 1 / (1 + margin) else "costs" if low > 1 + margin else "ties"
+    if high < 1 / (1 + margin):
+        return "saves"
+    if low > 1 + margin:
+        return "costs"
+    return "open" if low == 0 or math.isinf(high) else "ties"
 
 
 def ratio(mine: Sequence[Reach], theirs: Sequence[Reach], axis: str, margin: float, confidence: float = 0.95) -> Ratio:

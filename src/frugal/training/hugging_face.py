@@ -39,6 +39,7 @@ class HuggingFaceModel(LanguageModel):
         skip_spikes: leave out steps whose gradient is far above those before; null takes every step.
         lora: train low-rank adapters on frozen weights; null trains the weights.
         fp8: take linear maps in float8, on a device that can; null keeps trainer.precision throughout.
+        tf32: take float32's products in TensorFloat32, ten bits of a fraction, on a GPU that can (Ampere and newer).
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class HuggingFaceModel(LanguageModel):
         skip_spikes: SkipSpikes | None = None,
         lora: LoRA | None = None,
         fp8: Float8 | None = None,
+        tf32: bool = False,
     ) -> None:
         require((config is None) != (path is None), "model: set exactly one of config and path (a transformers model)")
         no_shape = cast(Any, None)  # it is no TransformerConfig
+        formats: dict[str, Any] = {"fp8": fp8, "tf32": tf32}
         super().__init__(
-            no_shape, optimizer, schedule, parameter_groups, compile, skip_spikes=skip_spikes, lora=lora, fp8=fp8
+            no_shape, optimizer, schedule, parameter_groups, compile, skip_spikes=skip_spikes, lora=lora, **formats
         )
         self.values, self.path, self.load_weights = config, path, load_weights
         if config is not None:

@@ -38,6 +38,7 @@ class ImageClassifier(TrainingModule):
         label_smoothing: share of each label that is spread evenly over all classes in training (Szegedy et al. 2016).
         skip_spikes: leave out steps whose gradient is far above those before; null takes every step.
         lora: train low-rank adapters on frozen weights; null trains the weights.
+        tf32: take float32's products in TensorFloat32, ten bits of a fraction, on a GPU that can (Ampere and newer).
     """
 
     reads = "images"
@@ -55,8 +56,9 @@ class ImageClassifier(TrainingModule):
         label_smoothing: float = 0.0,
         skip_spikes: SkipSpikes | None = None,
         lora: LoRA | None = None,
+        tf32: bool = False,
     ) -> None:
-        super().__init__(optimizer, schedule, parameter_groups, skip_spikes, lora)
+        super().__init__(optimizer, schedule, parameter_groups, skip_spikes, lora, tf32=tf32)
         require(0 <= label_smoothing < 1, f"model.label_smoothing: must lie in [0, 1), got {label_smoothing}")
         if compile and not torch.cuda.is_available():
             require_compiler("cpu")

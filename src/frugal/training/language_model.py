@@ -50,6 +50,7 @@ class LanguageModel(TrainingModule):
         skip_spikes: leave out steps whose gradient is far above those before; null takes every step.
         lora: train low-rank adapters on frozen weights; null trains the weights.
         fp8: take linear maps in float8, on a device that can; null keeps trainer.precision throughout.
+        tf32: take float32's products in TensorFloat32, ten bits of a fraction, on a GPU that can (Ampere and newer).
     """
 
     reads = "text"
@@ -69,8 +70,9 @@ class LanguageModel(TrainingModule):
         skip_spikes: SkipSpikes | None = None,
         lora: LoRA | None = None,
         fp8: Float8 | None = None,
+        tf32: bool = False,
     ) -> None:
-        super().__init__(optimizer, schedule, parameter_groups, skip_spikes, lora, fp8)
+        super().__init__(optimizer, schedule, parameter_groups, skip_spikes, lora, fp8, tf32)
         if lora is not None and transformer is not None and transformer.sharing:
             raise UserError("model.lora: cannot adapt layers that share their weights (model.transformer.sharing)")
         if loss_chunk is not None and loss_chunk < 0:

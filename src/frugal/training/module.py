@@ -30,7 +30,7 @@ from frugal.training.optim import (
     settings,
     use_averages,
 )
-from frugal.training.precision import ScaledHalf
+from frugal.training.precision import ScaledHalf, set_tf32
 from frugal.training.spikes import SkipSpikes
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class TrainingModule(pl.LightningModule):
         skip_spikes: leave out steps whose gradient is far above those before; null takes every step.
         lora: train low-rank adapters on frozen weights; null trains the weights.
         fp8: take linear maps in float8, on a device that can; null keeps trainer.precision throughout.
+        tf32: take float32's products in TensorFloat32, ten bits of a fraction, on a GPU that can (Ampere and newer).
     """
 
     reads = ""  # what the data must give
@@ -68,11 +69,12 @@ class TrainingModule(pl.LightningModule):
         skip_spikes: SkipSpikes | None = None,
         lora: LoRA | None = None,
         fp8: Float8 | None = None,
+        tf32: bool = False,
     ) -> None:
         super().__init__()
         self.optimizer, self.schedule = optimizer, schedule
         self.parameter_groups = parameter_groups or []
-        self.skip_spikes, self.lora, self.fp8 = skip_spikes, lora, fp8
+        self.skip_spikes, self.lora, self.fp8, self.tf32 = skip_spikes, lora, fp8, tf32
         if lora is not None and fp8 is not None:
             raise UserError("model.fp8: not with model.lora, whose frozen matrices keep their number format")
         if lora is not None:
@@ -122,6 +124,8 @@ class TrainingModule(pl.LightningModule):
 
     def _adapt(self, model: torch.nn.Module) -> None:
         """Put adapters or float8 maps into a model that has just been built and has its weights."""
+        if self._trainer is not None:  # a model that is only looked at changes nothing
+            set_tf32(self.tf32, str(self.trainer.precision), self.trainer.strategy.root_device)
         if self.lora is None and self.fp8 is None:
             return
         self._require_whole_weights("model.fp8" if self.fp8 else "model.lora")
@@ -221,7 +225,10 @@ class TrainingModule(pl.LightningModule):
             self.log(f"train/{name}", total / count.clamp_min(1))
         averaged_over = 1 if _are_sharded(optimizer) else self.trainer.world_size  # sharded gradients are sums
         scale = self._step_positions * averaged_over / valid.clamp_min(1)
-        torch._foreach_mul_(gradients(_parameters(optimizer)), scale)
+        grads = gradients(_parameters(optimizer))
+        torch._foreach_mul_(
+            grads, scale.to(grads[0].device) if grads else scale
+        )  # shards may be kept in the host's memory
         self.log("train/loss", nats / valid, prog_bar=True)
         self.step_nats = nats
         self._step_nats, self._step_valid, self._step_sums, self._step_positions = None, None, None, 0
@@ -233,8 +240,8 @@ class TrainingModule(pl.LightningModule):
         return int(getattr(self.model, "shared_by", (0, 1))[1])
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks."""
-        return self.trainer.strategy.reduce(tensor, reduce_op="sum")  # type: ignore[return-value]
+        """Sum a tensor over all ranks, where these exchange."""
+        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")  # type: ignore[return-value]
 
     def configure_gradient_clipping(
         self,

@@ -28,9 +28,11 @@ class _GradScaler(torch.amp.GradScaler):
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not any(hasattr(grad, "to_local") for grad in grads):
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
-        found = found_inf.clone()
         parts = [local(grad) for grad in grads]
-        torch._amp_foreach_non_finite_check_and_unscale_(parts, found, inv_scale)
+        where = parts[0].device  # the host, where shards are kept there
+        here = found_inf.to(where, copy=True)
+        torch._amp_foreach_non_finite_check_and_unscale_(parts, here, inv_scale.to(where))
+        found = here.to(found_inf.device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         return {found.device: found}
 
@@ -116,6 +118,21 @@ def precision_plugin(precision: Any, accelerator: str) -> ScaledHalf | None:
     if device == "cpu":
         log.info("trainer.precision: 16-mixed computes in real float16 on this CPU, with a gradient scaler")
     return ScaledHalf(device)
+
+
+def set_tf32(wanted: bool, precision: str, device: torch.device) -> None:
+    """How this process takes float32's products on a GPU: exactly, or in TensorFloat32 with ten bits of a fraction.
+
+    Raises:
+        UserError: this device has none, or the run's products are not in float32.
+    """
+    if wanted:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            raise UserError("model.tf32: needs a CUDA device of compute capability 8.0 or more; set it to false")
+        if precision != "32-true":
+            raise UserError(f"model.tf32: trainer.precision {precision} takes its products in 16 bits; set it to false")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if wanted else "highest")
 
 
 @torch.no_grad()
