@@ -250,3 +250,16 @@ def test_runs_at_a_time_have_a_device_each(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         codes = pool.map(lambda n: start_process(command, tmp_path / f"{n}.log", devices=free), range(2))
     assert list(codes) == [0, 0] and {free.get(), free.get()} == {"0", "3"}
+
+
+def test_a_launcher_stands_before_the_command_and_its_exit_code_is_the_run_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    queue = tmp_path / "queue.sh"
+    queue.write_text(f'#!/bin/sh\necho "$1" "$OMP_NUM_THREADS" > {tmp_path}/said; shift; exec "$@"\n')
+    queue.chmod(0o755)
+    command = [sys.executable, "-c", "print('ran'); exit(75)"]
+    assert start_process(command, tmp_path / "log", launcher=[str(queue), "--gpus=1"]) == 75
+    # How many threads a run gets is the launcher's affair.
+    assert (tmp_path / "said").read_text().split() == ["--gpus=1"] and (tmp_path / "log").read_text() == "ran\n"

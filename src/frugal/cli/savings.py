@@ -13,6 +13,7 @@ def savings(
     arms: list[str] | None = None,
     jobs: int = 1,
     devices: list[str] | None = None,
+    launcher: str | None = None,
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto",
     report_only: bool = False,
 ) -> None:
@@ -27,11 +28,15 @@ def savings(
             report has every arm of the study that has been run there.
         jobs: runs at a time, each with its share of the machine's cores.
         devices: CUDA_VISIBLE_DEVICES of each of the runs at a time, as 0 1 2 3; their number takes the place of jobs.
+        launcher: what to put before each run's command, such as "srun --ntasks 1 --gpus 1 --cpus-per-task 4": then
+            each of the runs at a time waits in Slurm's queue for a place of its own.
         wandb: auto, online, offline or disabled.
         report_only: write the report of what is there and start nothing.
     """
     import json
     import os
+    import shlex
+    import shutil
     import signal
     import sys
     from dataclasses import replace
@@ -66,6 +71,13 @@ def savings(
         for device in devices:
             free.put(device)
     start = None if report_only else partial(start_process, threads=max(1, cores // jobs), devices=free)
+    if start and launcher:
+        require(not devices, "devices: the launcher gives each run its own; leave one of the two out")
+        words = shlex.split(launcher)
+        require(
+            bool(words and shutil.which(words[0])), f"launcher: there is no program {(words or [launcher])[0]} here"
+        )
+        start = partial(start_process, launcher=words)
     runs = StudyRuns(name, wanted, folder, wandb, start)
     earlier = {number: signal.signal(number, runs.stop) for number in SIGNALS}
     try:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,13 +34,22 @@ _running: set[subprocess.Popen[bytes]] = set()
 _told: list[int] = []  # the signal that has told all runs to stop
 
 
-def start_process(command: list[str], log_file: Path, threads: int = 1, devices: SimpleQueue[str] | None = None) -> int:
+def start_process(
+    command: list[str],
+    log_file: Path,
+    threads: int | None = None,
+    devices: SimpleQueue[str] | None = None,
+    launcher: Sequence[str] = (),
+) -> int:
     """Run one command to its end; its output goes to the log file.
 
     Args:
+        threads: of this machine that the run may use; null leaves it to the launcher.
         devices: values of CUDA_VISIBLE_DEVICES that no run uses now; one is taken for the time.
+        launcher: words before the command: a program that waits for a place, runs it there and passes signals on.
     """
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = {**({} if threads is None else {"OMP_NUM_THREADS": str(threads)}), **os.environ}
+    command = [*launcher, *command]
     device = devices.get() if devices else None
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
