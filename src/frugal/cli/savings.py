@@ -33,7 +33,6 @@ def savings(
         wandb: auto, online, offline or disabled.
         report_only: write the report of what is there and start nothing.
     """
-    import json
     import os
     import shlex
     import shutil
@@ -45,6 +44,7 @@ def savings(
     from queue import SimpleQueue
 
     from frugal.errors import UserError, require
+    from frugal.tracking.receipts import result_of, write_result
     from frugal.tracking.run_folder import RunConfig
     from frugal.tracking.savings import compare
     from frugal.tracking.savings_report import markdown, write_report
@@ -99,10 +99,10 @@ def savings(
         results, sweeps = report.all(), report.sweeps
     points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
     findings = compare(wanted, points)
-    text = markdown(name, wanted, points, findings, conditions(results, jobs), sweeps, runs.failures)
+    said = conditions(results, jobs)
+    text = markdown(name, wanted, points, findings, said, sweeps, runs.failures)
     paths = write_report(folder, name, wanted, points, findings, text)
-    plain = json.dumps([found.row() for found in findings], indent=2).replace("Infinity", "null")
-    (folder / f"{name}.json").write_text(plain + "\n", encoding="utf-8")
+    write_result(result_of(name, wanted, findings, said), folder / f"{name}.json")
     if runs.made and wandb != "disabled":
         from frugal.training.loggers import log_study  # imports torch, as the runs did
 

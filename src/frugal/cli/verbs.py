@@ -18,6 +18,7 @@ from frugal.cli.launch import cancel, local, slurm, status
 from frugal.cli.model_verbs import count, export, import_, shapes
 from frugal.cli.plan import plan, with_experiment
 from frugal.cli.prepare import prepare
+from frugal.cli.receipts import receipts
 from frugal.cli.savings import savings
 from frugal.cli.synthesize import synthesize
 
@@ -64,6 +65,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "workspace": workspace,
     "savings": savings,
+    "receipts": receipts,
     "synthesize": synthesize,
     "import": import_,
 }

@@ -1,0 +1,32 @@
+"""The verb that gathers finished savings studies."""
+
+from __future__ import annotations
+
+
+def receipts(studies: list[str], out: str = "receipts") -> None:
+    """Gather finished savings studies: every technique in one table and one picture, what saves most first.
+
+    Args:
+        studies: results that `frugal savings` wrote (NAME.json), or folders that hold them, such as runs/studies.
+        out: where to write: OUT.md and OUT.png.
+    """
+    from pathlib import Path
+
+    from frugal.errors import UserError
+    from frugal.tracking.receipts import read_results, receipts_figure, receipts_table, techniques
+
+    results = read_results(studies)
+    if not techniques(results):
+        raise UserError(f"studies: nothing in {', '.join(studies)} that can be compared yet")
+    table = receipts_table(results)
+    try:
+        Path(f"{out}.md").write_text(
+            "# Receipts\n\nCost to reach the baseline's final loss, as a multiple of the baseline's; 95% intervals "
+            f"over paired seeds.\n\n![ratios of costs]({Path(out).name}.png)\n\n{table}",
+            encoding="utf-8",
+        )
+        receipts_figure(results).savefig(f"{out}.png")
+    except OSError as error:
+        raise UserError(f"out: cannot write {out}.md ({error.strerror})") from None
+    print(table)
+    print(f"written to {out}.md, {out}.png")

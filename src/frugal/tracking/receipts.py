@@ -1,0 +1,191 @@
+"""Receipts: what finished savings studies found, as data, and many of them in one table and one picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugal.errors import UserError, require
+from frugal.tracking.savings import Finding
+from frugal.tracking.savings_report import LABELS, axis_groups, cell, forest_figure, loss_cell
+from frugal.tracking.statistics import Ratio
+from frugal.tracking.study import AXES, Study
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ORDER = ("saves", "ties", "one seed", "open", "costs")
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study asked, how it was run, and what it found; all that a reader of its figures must know.
+
+    Args:
+        study: its name.
+        question: as declared.
+        base: name of the baseline's arm.
+        arms: what each arm is, by name.
+        controls: names of arms that only stand beside others.
+        steps: of the baseline.
+        seeds: of the pairs.
+        margin: relative difference that does not matter.
+        metric: the loss that counts.
+        conditions: machine and measurement of the seconds.
+        date: of the report, as YYYY-MM-DD.
+        findings: every arm against the baseline and its controls.
+    """
+
+    study: str
+    question: str
+    base: str
+    arms: dict[str, str]
+    controls: list[str]
+    steps: int
+    seeds: list[int]
+    margin: float
+    metric: str
+    conditions: list[str]
+    date: str
+    findings: list[Finding]
+
+
+def result_of(name: str, study: Study, findings: Sequence[Finding], conditions: Sequence[str]) -> StudyResult:
+    """A finished study as data."""
+    arms = study.all_arms()
+    named = {control for arm in arms for control in arm.controls}
+    controls = [arm.name for arm in arms if arm.name in named and not arm.controls]
+    about = {arm.name: arm.about for arm in arms}
+    return StudyResult(
+        name,
+        study.question,
+        study.base.name,
+        about,
+        controls,
+        study.steps,
+        study.seeds,
+        study.margin,
+        study.metric,
+        list(conditions),
+        date.today().isoformat(),
+        list(findings),
+    )
+
+
+def write_result(result: StudyResult, path: Path) -> None:
+    """Write a result as JSON; an open end of an interval is null."""
+    tree = {**asdict(result), "findings": [finding.row() for finding in result.findings]}
+    path.write_text(json.dumps(_without_infinities(tree), indent=1) + "\n", encoding="utf-8")
+
+
+def _without_infinities(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _without_infinities(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_infinities(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def read_results(sources: Iterable[str]) -> list[StudyResult]:
+    """Read results that `frugal savings` wrote.
+
+    Args:
+        sources: a result's file, or a folder that holds some, itself or in its folders.
+
+    Raises:
+        UserError: nothing there, or a file that is no result.
+    """
+    found: dict[str, StudyResult] = {}
+    for source in sources:
+        path = Path(source)
+        files = [path] if path.is_file() else sorted([*path.glob("*.json"), *path.glob("*/*.json")])
+        require(bool(files), f"studies: no result of `frugal savings` in {source}")
+        for file in files:
+            result = _read(file)
+            found[result.study] = result
+    return list(found.values())
+
+
+def _read(file: Path) -> StudyResult:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        return StudyResult(**{**tree, "findings": [_finding(row) for row in tree["findings"]]})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"studies: {file} is no result of `frugal savings` ({type(error).__name__}); "
+            "write it anew with `frugal savings STUDY --report_only`"
+        ) from None
+
+
+def _finding(row: Mapping[str, Any]) -> Finding:
+    ratios = {
+        axis: Ratio(**{**row[axis], "high": math.inf if row[axis]["high"] is None else row[axis]["high"]})
+        for axis in AXES
+        if axis in row
+    }
+    loss = row["loss_difference"]
+    if loss is not None:  # of one seed the interval has no ends
+        mean, low, high = loss
+        loss = (mean, -math.inf if low is None else low, math.inf if high is None else high)
+    return Finding(row["arm"], row["reference"], ratios, loss, row["note"])
+
+
+def techniques(results: Sequence[StudyResult]) -> list[tuple[StudyResult, Finding]]:
+    """Every arm against its study's baseline but the controls: what saves FLOPs first, what costs last."""
+    rows = [
+        (result, finding)
+        for result in results
+        for finding in result.findings
+        if finding.reference == result.base and finding.arm not in result.controls and finding.ratios
+    ]
+
+    def place(row: tuple[StudyResult, Finding]) -> tuple[int, float]:
+        flops = row[1].ratios["flops"]
+        return ORDER.index(flops.verdict), flops.estimate
+
+    return sorted(rows, key=place)
+
+
+def receipts_table(results: Sequence[StudyResult]) -> str:
+    """All techniques as a markdown table: cost to reach the baseline's loss as a multiple of the baseline's."""
+    rows = techniques(results)
+    groups = axis_groups([finding for _, finding in rows])
+    head = ["technique", *(" = ".join(LABELS[axis] for axis in group) for group in groups), "against its control"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for result, finding in rows:
+        cells = [cell(finding.ratios.get(group[0])) for group in groups]
+        beside = [f for f in result.findings if f.arm == finding.arm and f.reference != result.base]
+        about = result.arms.get(finding.arm, "")
+        lines.append(
+            f"| {result.study}: **{finding.arm}**{', ' + about if about else ''} | "
+            + " | ".join(cells)
+            + f" | {'; '.join(map(_beside, beside))} |"
+        )
+    lines += ["", "Baselines, by study:", ""]
+    for result in results:
+        about = result.arms.get(result.base, "")
+        lines.append(
+            f"- {result.study}{': ' + about if about else ''}; {result.steps:,} steps, {len(result.seeds)} seeds, "
+            f"{result.metric}, {result.date}. {result.question}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _beside(finding: Finding) -> str:
+    if finding.ratios:
+        return f"{finding.reference}: FLOPs {cell(finding.ratios['flops'])}"
+    return f"{finding.reference}: loss {loss_cell(finding.loss, None)}"
+
+
+def receipts_figure(results: Sequence[StudyResult]) -> Figure:
+    """All techniques as one forest plot."""
+    rows = [
+        replace(finding, arm=f"{result.study}: {finding.arm}", reference="the baseline")
+        for result, finding in techniques(results)
+    ]
+    return forest_figure("receipts", rows, "the baseline", max(result.margin for result in results))

@@ -1,0 +1,97 @@
+"""Receipts: results of studies go through their files unchanged, and many come to one table and one picture."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from frugal.cli.verbs import main
+from frugal.errors import UserError
+from frugal.tracking.receipts import read_results, receipts_figure, receipts_table, result_of, techniques, write_result
+from frugal.tracking.savings import Finding, compare
+from frugal.tracking.statistics import Point
+from frugal.tracking.study import Arm, Equal, Study
+
+STUDY = Study(
+    'does "it" save, and is it better than Infinity?',
+    1000,
+    arms=[
+        Arm("dear", "costs twice as much", controls=["half", "shorter"]),
+        Arm("cheap"),
+        Arm("half", "a control"),
+        Arm("shorter", equal=Equal("dear")),
+        Arm("never", "does not get there"),
+    ],
+    seeds=[1, 2, 3],
+)
+
+
+def points(seeds: list[int]) -> dict[str, dict[int, list[tuple[float, Point]]]]:
+    def runs(price: float, short: float, full: float) -> dict[int, list[tuple[float, Point]]]:
+        def point(share: float, loss: float, seed: int) -> tuple[float, Point]:
+            axes = ("tokens", "flops", "seconds", "joules", "dollars")
+            return share, Point(loss, dict.fromkeys(axes, 1000 * share * price * (1 + 0.001 * seed)))
+
+        return {seed: [point(0.5, short, seed), point(1.0, full + 0.001 * seed, seed)] for seed in seeds}
+
+    return {
+        "base": {seed: [found[-1]] for seed, found in runs(1, 2.5, 2.0).items()},
+        "dear": runs(2, 2.4, 1.9),
+        "cheap": runs(0.5, 2.5, 1.99),
+        "half": runs(1, 2.4, 1.9),
+        "shorter": {seed: [found[-1]] for seed, found in runs(1, 2.5, 2.1).items()},
+        "never": runs(1, 3.0, 2.5),
+    }
+
+
+def results(folder: Path, seeds: list[int] = STUDY.seeds) -> Path:
+    for name in ("one", "two"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        found = result_of(name, STUDY, compare(STUDY, points(seeds)), ["Machine: a test"])
+        write_result(found, folder / name / f"{name}.json")
+    return folder
+
+
+@pytest.mark.parametrize("seeds", [[1, 2, 3], [1]])
+def test_a_result_comes_back_as_it_was_written(seeds: list[int], tmp_path: Path) -> None:
+    written = result_of("one", STUDY, compare(STUDY, points(seeds)), ["Machine: a test"])
+    assert any(math.isinf(r.high) for finding in written.findings for r in finding.ratios.values())
+    write_result(written, tmp_path / "one.json")
+    json.loads((tmp_path / "one.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert read_results([str(tmp_path)]) == [written]
+
+
+def test_what_saves_stands_first_and_controls_beside_their_technique(tmp_path: Path) -> None:
+    found = read_results([str(results(tmp_path))])
+    assert [(r.study, f.arm) for r, f in techniques(found)] == [
+        ("one", "cheap"),
+        ("two", "cheap"),
+        ("one", "never"),  # a bound that says nothing yet
+        ("two", "never"),
+        ("one", "dear"),
+        ("two", "dear"),
+    ]
+    rows = [line for line in receipts_table(found).splitlines() if line.startswith("| ")]
+    assert rows[0].startswith("| technique | tokens = FLOPs = seconds = joules = dollars |")
+    assert "one: **dear**, costs twice as much" in rows[5] and "**costs**" in rows[5]
+    assert "half: FLOPs **costs** 2.00" in rows[5] and "shorter: loss -0.2000 [" in rows[5]
+    assert not any("half**" in row for row in rows)
+    figure = receipts_figure(found)
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert labels[0] == "one: cheap" and len(labels) == 6
+
+
+def test_the_verb_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["receipts", str(results(tmp_path)), "--out", str(tmp_path / "all")])
+    assert (tmp_path / "all.md").read_text().count("**saves**") == 2 and (tmp_path / "all.png").is_file()
+    assert "two: **cheap**" in capsys.readouterr().out
+
+
+def test_what_is_no_result_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"studies: no result of `frugal savings` in .*empty"):
+        read_results([str(tmp_path / "empty")])
+    (tmp_path / "old.json").write_text(json.dumps([{"arm": "moe"}]))
+    with pytest.raises(UserError, match=r"studies: .*old\.json is no result of `frugal savings` .*--report_only"):
+        read_results([str(tmp_path)])
+    assert Finding("a", "b", {}, None).row()["loss_difference"] is None
