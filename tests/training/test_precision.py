@@ -20,7 +20,7 @@ from frugal.tracking.run_folder import read_lines
 from frugal.training import losses
 from frugal.training.inference import load_for_inference
 from frugal.training.language_model import LanguageModel
-from frugal.training.precision import ScaledHalf, precision_plugin, underflow_shares
+from frugal.training.precision import ScaledHalf, precision_plugin, set_tf32, underflow_shares
 
 Train = Callable[..., Path]
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true")
@@ -240,6 +240,21 @@ def test_what_cannot_train_is_refused() -> None:
     for name, accelerator in (("16-true", "cpu"), ("transformer-engine", "auto"), ("16-mixed", "mps")):
         with pytest.raises(UserError, match=r"^trainer\.precision: "):
             precision_plugin(name, accelerator)
+
+
+def test_tensorfloat32_is_set_where_it_exists_and_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if device.index == 0 else (7, 5))
+    ampere, turing, cpu = (torch.device(name) for name in ("cuda:0", "cuda:1", "cpu"))
+    set_tf32(True, "32-true", ampere)
+    set_tf32(False, "bf16-mixed", ampere)
+    set_tf32(False, "32-true", cpu)
+    assert said == ["high", "highest"]  # also back: a process may hold several runs
+    for precision, device in (("32-true", turing), ("32-true", cpu), ("bf16-mixed", ampere), ("64-true", ampere)):
+        with pytest.raises(UserError, match=r"^model\.tf32: "):
+            set_tf32(True, precision, device)
+    assert said == ["high", "highest"]
 
 
 def test_export_and_evaluation_of_each_precision(train: Train, tmp_path: Path) -> None:

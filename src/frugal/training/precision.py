@@ -130,7 +130,7 @@ def set_tf32(wanted: bool, precision: str, device: torch.device) -> None:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
             raise UserError("model.tf32: needs a CUDA device of compute capability 8.0 or more; set it to false")
         if precision != "32-true":
-            raise UserError(f"model.tf32: trainer.precision {precision} takes its products in 16 bits; set it to false")
+            raise UserError(f"model.tf32: trainer.precision {precision} leaves no products in float32; set it to false")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if wanted else "highest")
 
