@@ -99,7 +99,7 @@ def test_tensorfloat32_is_planned_by_its_own_peak() -> None:
     run = replace(read_run(str(ROOT / "configs/model/llama2_7b.yaml"), 1e9), precision="32-true")
     exact, tf32 = (make_offer(replace(run, precision=p), ROWS["h100-80gb"], 8) for p in ("32-true", "tf32"))
     assert exact.seconds and tf32.seconds and exact.seconds / tf32.seconds == pytest.approx(494 / 67, rel=5e-3)
-    assert exact.peak_bytes == tf32.peak_bytes
+    assert exact.memory == tf32.memory
     assert make_offer(replace(run, precision="tf32"), ROWS["t4"]).seconds is None  # it has none
 
 
