@@ -128,12 +128,15 @@ def test_measured_energy_replaces_the_estimate() -> None:
     assert meter._assumption().startswith("12% of the energy measured (a and b); cpu: 10 W")
 
 
-def test_a_start_that_nothing_counted_costs_what_was_drawn_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("watts", [120.0, 0.0])  # RAPL tells none, and has counted only from the start's end on
+def test_a_start_that_nothing_counted_costs_what_was_drawn_at_its_end(
+    monkeypatch: pytest.MonkeyPatch, watts: float
+) -> None:
     meter = CostMeter(hardware_file=TABLE, hardware="cpu")
     meter.row, meter.units = meter.rows[0], 2
     meter._counters = [SimpleNamespace(name="a", joules=lambda: 9.0)]
     monkeypatch.setattr("frugal.callbacks.cost.time.perf_counter", lambda: 130.0)
     meter._mark = 100.0
-    meter._lap(120.0)
-    assert meter.ledger.joules == 30 * 120.0 and meter.ledger.joules_measured == 0.0
+    meter._lap(watts)
+    assert meter.ledger.joules == (30 * watts or meter.row.joules(30.0, 2)) and meter.ledger.joules_measured == 0.0
     assert meter.ledger.dollars == meter.row.dollars(30.0, 2)

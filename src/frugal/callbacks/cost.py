@@ -80,10 +80,10 @@ class CostMeter(pl.Callback):
         self._lap()
         self._phase = phase
 
-    def _lap(self, watts: float = 0.0) -> None:
+    def _lap(self, watts: float | None = None) -> None:
         """Book the time since the last call; waiting for data and compiling have accounts of their own.
 
-        `watts` is what the machine drew before anything counted.
+        `watts` is what the machine drew before anything counted, zero where nothing tells.
         """
         now, cpu = time.perf_counter(), time.process_time()
         whole = seconds = now - self._mark
@@ -98,7 +98,7 @@ class CostMeter(pl.Callback):
             self.ledger.seconds[part] += share
         self.ledger.seconds[self._phase] += seconds
         measured = sum(counter.joules() for counter in self._counters) * self.nodes if self._counters else None
-        self._pay(whole, None if watts else measured, watts)
+        self._pay(whole, measured if watts is None else None, watts or 0.0)
 
     def _pay(self, seconds: float, measured: float | None = None, watts: float = 0.0) -> None:
         """At this machine's price and, where nothing measures, its watts; earlier parts of a run keep theirs."""
