@@ -64,27 +64,21 @@ def test_a_result_comes_back_as_it_was_written(seeds: list[int], tmp_path: Path)
 
 def test_what_saves_stands_first_and_controls_beside_their_technique(tmp_path: Path) -> None:
     found = read_results([str(results(tmp_path))])
-    assert [(r.study, f.arm) for r, f in techniques(found)] == [
-        ("one", "cheap"),
-        ("two", "cheap"),
-        ("one", "never"),  # a bound that says nothing yet
-        ("two", "never"),
-        ("one", "dear"),
-        ("two", "dear"),
-    ]
+    shown = [(r.study, f.arm) for r, f in techniques(found)]
+    # "half" is a control that saves too; the bound of "never" says nothing yet.
+    assert shown == [(study, arm) for arm in ("cheap", "half", "never", "dear") for study in ("one", "two")]
     rows = [line for line in receipts_table(found).splitlines() if line.startswith("| ")]
     assert rows[0].startswith("| technique | tokens = FLOPs = seconds = joules = dollars |")
-    assert "one: **dear**, costs twice as much" in rows[5] and "**costs**" in rows[5]
-    assert "half: FLOPs **costs** 2.00" in rows[5] and "shorter: loss -0.2000 [" in rows[5]
-    assert not any("half**" in row for row in rows)
-    figure = receipts_figure(found)
-    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
-    assert labels[0] == "one: cheap" and len(labels) == 6
+    (dear,) = [row for row in rows if row.startswith("| one: **dear**, costs twice as much | **costs** ")]
+    assert "half: FLOPs **costs** 2.00" in dear and "shorter: loss -0.2000 [" in dear
+    assert any(row.startswith("| one: **half** (control), a control | **saves** ") for row in rows)
+    labels = [tick.get_text() for tick in receipts_figure(found).axes[0].get_yticklabels()]
+    assert labels[0] == "one: cheap" and "two: half (control)" in labels and len(labels) == len(shown)
 
 
 def test_the_verb_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main(["receipts", str(results(tmp_path)), "--out", str(tmp_path / "all")])
-    assert (tmp_path / "all.md").read_text().count("**saves**") == 2 and (tmp_path / "all.png").is_file()
+    assert (tmp_path / "all.md").read_text().count("| **saves**") == 4 and (tmp_path / "all.png").is_file()
     assert "two: **cheap**" in capsys.readouterr().out
 
 

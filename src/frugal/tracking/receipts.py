@@ -136,12 +136,12 @@ def _finding(row: Mapping[str, Any]) -> Finding:
 
 
 def techniques(results: Sequence[StudyResult]) -> list[tuple[StudyResult, Finding]]:
-    """Every arm against its study's baseline but the controls: what saves FLOPs first, what costs last."""
+    """Every arm against its study's baseline, controls too: what saves FLOPs first, what costs last."""
     rows = [
         (result, finding)
         for result in results
         for finding in result.findings
-        if finding.reference == result.base and finding.arm not in result.controls and finding.ratios
+        if finding.reference == result.base and finding.ratios
     ]
 
     def place(row: tuple[StudyResult, Finding]) -> tuple[int, float]:
@@ -162,7 +162,7 @@ def receipts_table(results: Sequence[StudyResult]) -> str:
         beside = [f for f in result.findings if f.arm == finding.arm and f.reference != result.base]
         about = result.arms.get(finding.arm, "")
         lines.append(
-            f"| {result.study}: **{finding.arm}**{', ' + about if about else ''} | "
+            f"| {_label(result, finding, '**')}{', ' + about if about else ''} | "
             + " | ".join(cells)
             + f" | {'; '.join(map(_beside, beside))} |"
         )
@@ -176,6 +176,10 @@ def receipts_table(results: Sequence[StudyResult]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _label(result: StudyResult, finding: Finding, mark: str = "") -> str:
+    return f"{result.study}: {mark}{finding.arm}{mark}{' (control)' if finding.arm in result.controls else ''}"
+
+
 def _beside(finding: Finding) -> str:
     if finding.ratios:
         return f"{finding.reference}: FLOPs {cell(finding.ratios['flops'])}"
@@ -185,7 +189,7 @@ def _beside(finding: Finding) -> str:
 def receipts_figure(results: Sequence[StudyResult]) -> Figure:
     """All techniques as one forest plot."""
     rows = [
-        replace(finding, arm=f"{result.study}: {finding.arm}", reference="the baseline")
+        replace(finding, arm=_label(result, finding), reference="the baseline")
         for result, finding in techniques(results)
     ]
     return forest_figure("receipts", rows, "the baseline", max(result.margin for result in results))
