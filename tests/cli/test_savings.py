@@ -128,6 +128,8 @@ def test_a_study_that_is_told_to_stop_ends_with_75_and_gives_the_signal_back(
     [
         (["nowhere.yaml"], "study: no file nowhere.yaml"),
         (["configs/studies/quick.yaml", "--launcher", "nosuch --gpus 1"], "launcher: there is no program nosuch"),
+        (["configs/studies/quick.yaml", "--launcher", "srun --comment 'x"], "launcher: "),
+        (["configs/studies/quick.yaml", "--launcher", ""], "launcher: there is no program ''"),
         (["configs/studies/quick.yaml", "--seeds", "9"], "seeds: the study has 3, got 9"),
         (["configs/studies/quick.yaml", "--wandb", "maybe"], "wandb: "),
         (["configs/studies/quick.yaml", "--jobs", "0"], "jobs: must be positive"),

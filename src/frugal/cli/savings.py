@@ -71,12 +71,14 @@ def savings(
         for device in devices:
             free.put(device)
     start = None if report_only else partial(start_process, threads=max(1, cores // jobs), devices=free)
-    if start and launcher:
+    if start and launcher is not None:
         require(not devices, "devices: the launcher gives each run its own; leave one of the two out")
-        words = shlex.split(launcher)
-        require(
-            bool(words and shutil.which(words[0])), f"launcher: there is no program {(words or [launcher])[0]} here"
-        )
+        try:
+            words = shlex.split(launcher)
+        except ValueError as error:
+            raise UserError(f"launcher: {launcher!r} cannot be split into words ({error})") from None
+        found = bool(words and shutil.which(words[0]))
+        require(found, f"launcher: there is no program {words[0] if words else repr(launcher)} here")
         start = partial(start_process, launcher=words)
     runs = StudyRuns(name, wanted, folder, wandb, start)
     earlier = {number: signal.signal(number, runs.stop) for number in SIGNALS}

@@ -55,7 +55,9 @@ def start_process(
         environment["CUDA_VISIBLE_DEVICES"] = device
     try:
         with log_file.open("a", encoding="utf-8") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment
+            )
         _running.add(process)
         try:
             if _told:  # between the check of the study and now
@@ -101,7 +103,11 @@ def costs_of(summary: dict[str, Any]) -> dict[str, float]:
 
 def is_cpu(summary: dict[str, Any]) -> bool:
     """Whether training ran on a CPU and its processor time was taken."""
-    return str(summary.get("assumption", "")).startswith("cpu") and summary.get("train_cpu_seconds") is not None
+    # Where RAPL counts, the assumption begins with that.
+    return (
+        str(summary.get("device") or summary.get("assumption", "")).startswith("cpu")
+        and summary.get("train_cpu_seconds") is not None
+    )
 
 
 class StudyRuns:
