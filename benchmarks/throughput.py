@@ -222,6 +222,8 @@ def main(args: list[str] | None = None) -> None:
         for name in (SWEEP if options.experts else [*CONTENDERS, *(FORMATS if options.device == "cuda" else ())])
         if not options.only or any(part in name for part in options.only)
     ]
+    if not names:
+        parser.error(f"--only: no contender's name holds any of {', '.join(options.only)}")
     wanted = [(name, n) for n in options.experts or [0] for name in names]
     shapes = {n: shape_for(options.device, n or None) for n in options.experts or [0]}
     command = shlex.join(["python", "benchmarks/throughput.py", *(sys.argv[1:] if args is None else args)])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 # Many tests compare to the bit: they run on the CPU, on a machine with a GPU too (benchmarks/gpu_check.py is for it).
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Tests run side by side, one process per core: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)

@@ -139,4 +139,7 @@ def test_a_start_that_nothing_counted_costs_what_was_drawn_at_its_end(
     meter._mark = 100.0
     meter._lap(watts)
     assert meter.ledger.joules == (30 * watts or meter.row.joules(30.0, 2)) and meter.ledger.joules_measured == 0.0
-    assert meter.ledger.dollars == meter.row.dollars(30.0, 2)
+    assert meter.ledger.dollars == meter.row.dollars(30.0, 2) and meter.ledger.train_joules == 0.0
+    meter._phase = "step"
+    meter._lap()
+    assert meter.ledger.train_joules == meter.ledger.joules_measured == 9.0

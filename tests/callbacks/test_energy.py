@@ -57,6 +57,8 @@ def test_nvml_counts_the_gpus_in_use_only() -> None:
     assert counter.joules() == 2.5 and counter.joules() == 0
     assert counter.name == "NVML, 1 GPU(s)"
     assert counter.watts() == 350.5 and Nvml(["a", "b"], library).watts() == 460.5
+    library.nvmlDeviceGetPowerUsage = lambda handle: 1 / 0  # a card that does not tell ends no run
+    assert counter.watts() == 0.0
 
 
 def test_counters_are_what_the_machine_has(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from frugal.cli.verbs import main
 from frugal.errors import UserError
 from frugal.tracking.receipts import read_results, receipts_figure, receipts_table, result_of, techniques, write_result
 from frugal.tracking.savings import Finding, compare
-from frugal.tracking.statistics import Point
+from frugal.tracking.savings_report import axis_groups
+from frugal.tracking.statistics import Point, Ratio
 from frugal.tracking.study import Arm, Equal, Study
 
 STUDY = Study(
@@ -82,6 +84,30 @@ def test_the_verb_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert "two: **cheap**" in capsys.readouterr().out
 
 
+def test_what_failed_is_said_and_one_study_is_not_shown_twice(tmp_path: Path) -> None:
+    some = points(STUDY.seeds)
+    del some["cheap"], some["dear"][3]
+    write_result(result_of("one", STUDY, compare(STUDY, some), []), tmp_path / "one.json")
+    found = read_results([str(tmp_path), str(tmp_path / "one.json")])  # the same file: once
+    table = receipts_table(found)
+    assert "one: **dear** (1 of 3 seeds failed)" in table and "Failed: one: cheap (3 of 3 seeds failed)" in table
+    (tmp_path / "elsewhere").mkdir()
+    write_result(found[0], tmp_path / "elsewhere" / "one.json")
+    with pytest.raises(UserError, match=r"studies: .*one\.json and .*one\.json are both of one; name one"):
+        read_results([str(tmp_path)])
+
+
+def test_columns_are_one_only_where_intervals_and_verdicts_agree() -> None:
+    def finding(high: float, joules: bool = True) -> Finding:
+        one = Ratio(0.8, 0.79, 0.81, "saves", 3)
+        other = replace(one, high=high, verdict="saves" if high < 0.98 else "ties")
+        return Finding("a", "base", {"flops": one, "seconds": other, **({"joules": other} if joules else {})}, None)
+
+    assert axis_groups([finding(0.81)]) == [("flops", "seconds", "joules")]
+    assert axis_groups([finding(1.3)]) == [("flops",), ("seconds", "joules")]
+    assert axis_groups([finding(1.3), finding(1.3, joules=False)]) == [("flops",), ("seconds",), ("joules",)]
+
+
 def test_what_is_no_result_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"studies: no result of `frugal savings` in .*empty"):
         read_results([str(tmp_path / "empty")])
@@ -89,3 +115,8 @@ def test_what_is_no_result_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"studies: .*old\.json is no result of `frugal savings` .*--report_only"):
         read_results([str(tmp_path)])
     assert Finding("a", "b", {}, None).row()["loss_difference"] is None
+
+
+def test_the_table_that_is_kept_is_that_of_the_results_that_are_kept() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "claims" / "results"
+    assert (folder / "README.md").read_text().endswith(receipts_table(read_results([str(folder)])))

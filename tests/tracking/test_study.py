@@ -18,7 +18,7 @@ from frugal.errors import UserError
 from frugal.tracking.savings import compare, recipe_effects
 from frugal.tracking.savings_report import forest_figure, markdown, write_report
 from frugal.tracking.study import Arm, Equal, Study, Tune, read_study, run_spec
-from frugal.tracking.study_runs import StudyRuns, conditions, start_process
+from frugal.tracking.study_runs import StudyRuns, conditions, costs_of, start_process
 
 PART = {"a": 0.8, "b": 0.9, "c": 1.0}  # steps that a part leaves to be done
 
@@ -263,3 +263,55 @@ def test_a_launcher_stands_before_the_command_and_its_exit_code_is_the_run_s(
     assert start_process(command, tmp_path / "log", launcher=[str(queue), "--gpus=1"]) == 75
     # How many threads a run gets is the launcher's affair.
     assert (tmp_path / "said").read_text().split() == ["--gpus=1"] and (tmp_path / "log").read_text() == "ran\n"
+
+
+def test_a_launcher_s_runs_are_told_by_a_signal_that_it_hands_on(tmp_path: Path) -> None:
+    program = "import signal, time; from pathlib import Path\n"
+    program += "signal.signal(signal.SIGUSR1, lambda *_: exit(75)); Path('up').touch(); time.sleep(60)"
+    command = [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); exec({program!r})"]
+    runs = StudyRuns("s", STUDY, tmp_path, start=None)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(start_process, command, tmp_path / "log", launcher=["env"])
+        while not (tmp_path / "up").exists():
+            time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            runs.interrupt(signal.SIGINT)
+        assert ended.result() == 75 and runs.stopped
+
+
+def test_a_run_that_lost_its_place_begins_again_and_a_failed_one_gives_its_own_reason(tmp_path: Path) -> None:
+    study = Study("?", 1000, arms=[Arm("a"), Arm("z")], seeds=[1])
+    log: list[str] = []
+    train, ends = fake_train(log), iter([75, 75])
+
+    def start(command: list[str], log_file: Path) -> int:
+        if log_file.name.startswith("z"):
+            log_file.write_text("error: data.path: no such file\nsrun: error: node7: task 0: Exited with code 2\n")
+            return 2
+        return next(ends, None) or train(command, log_file)
+
+    runs = StudyRuns("s", study, tmp_path, start=start, restarts=2)
+    assert runs.result(study.base, 1, 1.0) is not None and not runs.stopped
+    assert runs.result(study.arms[1], 1, 0.5) is None
+    assert list(runs.failures.values()) == ["error: data.path: no such file"]
+    ends = iter([75, 75, 75])
+    with pytest.raises(UserError, match="told to stop"):
+        runs.result(study.base, 1, 0.5)  # more often than it may
+    assert runs.stopped
+
+
+def test_joules_are_those_of_training_where_the_summary_tells() -> None:
+    def run(
+        train: float, **more: float
+    ) -> dict[str, Any]:  # 30 s of start at 110 W, then training at 600 W, 10 s of data
+        joules = 30 * 110.0 + train * 600 + 10 * 110
+        phases = {"train": train, "validation": 0.0, "data": 10.0, "other": 30.0}
+        spent = {"tokens_seen": 1, "flops": 1.0, "joules": joules, "dollars": train + 40.0, "seconds": train + 40}
+        return {**spent, "seconds_by_phase": phases, "assumption": "NVML", **more}
+
+    for train in (50.0, 100.0):
+        told = costs_of(run(train, train_joules=600 * train))
+        assert told["joules"] == pytest.approx(600 * train + 110 * 10)
+        assert told["dollars"] == pytest.approx(train + 10)
+    even = {**run(100.0), "joules": 140.0 * 5}
+    assert costs_of(even)["joules"] == pytest.approx(costs_of({**even, "train_joules": 500.0})["joules"])

@@ -68,7 +68,7 @@ class CostMeter(pl.Callback):
         self._memory, self._datamodule = PeakMemory(), None
         self._counters: list[EnergyCounter] = []
         self._phase, self._mark, self._written, self._resumed = "start_up", 0.0, 0.0, False
-        self._cpu_mark = 0.0
+        self._cpu_mark = self._waiting = 0.0
         self._apart = {"data_wait": 0.0, "compile": 0.0}  # how much of each this process has booked
         self._window = (0, 0.0, 0.0, 0.0)
         self._flops_per_token: dict[tuple[int, Frozen], float] = {}
@@ -98,7 +98,9 @@ class CostMeter(pl.Callback):
             self.ledger.seconds[part] += share
         self.ledger.seconds[self._phase] += seconds
         measured = sum(counter.joules() for counter in self._counters) * self.nodes if self._counters else None
+        before = self.ledger.joules
         self._pay(whole, measured if watts is None else None, watts or 0.0)
+        self.ledger.train_joules += self.ledger.joules - before if self._phase == "step" else 0.0
 
     def _pay(self, seconds: float, measured: float | None = None, watts: float = 0.0) -> None:
         """At this machine's price and, where nothing measures, its watts; earlier parts of a run keep theirs."""
@@ -129,12 +131,6 @@ class CostMeter(pl.Callback):
             devices = getattr(trainer.strategy, "parallel_devices", None) or [self.device]
             cuda = [device for device in devices if device.type == "cuda"]
             self._counters = open_counters([str(torch.cuda.get_device_properties(d).uuid) for d in cuda])
-        # A GPU that waits for its program to start draws a fraction of what it draws in training.
-        waiting = sum(counter.watts() for counter in self._counters) * self.nodes
-        if self.given_peak is None:
-            dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision).split("-")[0])
-            self._keep_peak(name, measure_matmul_peak(self.device, dtype or torch.float32))
-            self._memory.forget(self.device)  # of the matrices just multiplied
         self.row = choose_hardware(self.rows, name, self.hardware)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.units = cores if self.row is None or self.row.per_core else trainer.world_size
@@ -142,7 +138,13 @@ class CostMeter(pl.Callback):
         self._folder = RunFolder(Path(trainer.default_root_dir))
         if self._resumed and self._folder.meter.is_file():
             self.ledger.add_lost(Ledger.load(json.loads(self._folder.meter.read_text(encoding="utf-8"))))
-        self._lap(waiting)
+        # A GPU that waits for its program to start draws a fraction of what it draws in training.
+        self._waiting = sum(counter.watts() for counter in self._counters) * self.nodes
+        self._lap(self._waiting)
+        if self.given_peak is None:
+            dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision).split("-")[0])
+            self._keep_peak(name, measure_matmul_peak(self.device, dtype or torch.float32))
+            self._memory.forget(self.device)  # of the matrices just multiplied
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         trainer.save_checkpoint = self._timed(trainer.save_checkpoint)  # type: ignore[method-assign]
 
@@ -167,7 +169,7 @@ class CostMeter(pl.Callback):
         if not self.ledger.charged:  # once for a run, however often it is resumed
             charged = float(getattr(trainer.datamodule, "charged_seconds", 0.0))
             here = float(getattr(trainer.datamodule, "preparing_seconds", 0.0))
-            self._pay(self.ledger.charge_data(charged, here))
+            self._pay(self.ledger.charge_data(charged, here), watts=self._waiting)  # GPUs wait for it
         self._window = (
             self.ledger.tokens,
             self.ledger.train_seconds,
@@ -316,6 +318,7 @@ class CostMeter(pl.Callback):
             "lost": dict(self.ledger.lost),
             **self._bill(),
             "joules_measured": self.ledger.joules_measured,
+            "train_joules": self.ledger.train_joules,
             "assumption": self._assumption(),
             "params_total": counts.total,
             "params_active": counts.active,

@@ -91,8 +91,11 @@ class Nvml:
         return (self._last - last) / 1e3
 
     def watts(self) -> float:
-        """Of all of them, over the last second or less."""
-        return sum(self.library.nvmlDeviceGetPowerUsage(handle) for handle in self.handles) / 1e3
+        """Of all of them, over the last second or less; zero where one does not tell."""
+        try:
+            return sum(self.library.nvmlDeviceGetPowerUsage(handle) for handle in self.handles) / 1e3
+        except Exception:
+            return 0.0
 
 
 def open_counters(uuids: Sequence[str] = (), root: Path = POWERCAP, library: Any = None) -> list[EnergyCounter]:

@@ -23,6 +23,7 @@ class Ledger:
         validations: how many there were.
         joules: energy, measured or estimated.
         joules_measured: how much of it was measured.
+        train_joules: how much of it went into steps, waiting for data and compiling.
         dollars: price of the machine's time.
         seconds: by part (`PARTS`).
         train_cpu_seconds: processor time of this process while training.
@@ -38,6 +39,7 @@ class Ledger:
     validations: int = 0
     joules: float = 0.0
     joules_measured: float = 0.0
+    train_joules: float = 0.0
     dollars: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     train_cpu_seconds: float = 0.0
@@ -112,6 +114,7 @@ class Ledger:
             for part, seconds in beyond.items():
                 self.seconds[part] += seconds
             self.validations = max(self.validations, spent.validations)
+            self.train_joules = max(self.train_joules, spent.train_joules)
         for name in MONEY:
             setattr(self, name, max(getattr(self, name), getattr(spent, name)))
         self.note_peak(spent.peak_bytes)

@@ -21,8 +21,8 @@ def receipts(studies: list[str], out: str = "receipts") -> None:
     table = receipts_table(results)
     try:
         Path(f"{out}.md").write_text(
-            "# Receipts\n\nCost to reach the baseline's final loss, as a multiple of the baseline's; 95% intervals "
-            f"over paired seeds.\n\n![ratios of costs]({Path(out).name}.png)\n\n{table}",
+            "# Receipts\n\nCost to reach the target, as a multiple of the baseline's; 95% intervals over "
+            f"paired seeds.\n\n![ratios of costs]({Path(out).name}.png)\n\n{table}",
             encoding="utf-8",
         )
         receipts_figure(results).savefig(f"{out}.png")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+RESTARTS = 20  # of a run whose place in the queue was taken away
 
 
 def savings(
@@ -80,8 +82,9 @@ def savings(
         found = bool(words and shutil.which(words[0]))
         require(found, f"launcher: there is no program {words[0] if words else repr(launcher)} here")
         start = partial(start_process, launcher=words)
-    runs = StudyRuns(name, wanted, folder, wandb, start)
-    earlier = {number: signal.signal(number, runs.stop) for number in SIGNALS}
+    runs = StudyRuns(name, wanted, folder, wandb, start, restarts=RESTARTS if launcher else 0)
+    earlier: dict[int, Any] = {number: signal.signal(number, runs.stop) for number in SIGNALS}
+    earlier[signal.SIGINT] = signal.signal(signal.SIGINT, runs.interrupt)
     try:
         results, sweeps = runs.all(jobs), runs.sweeps
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from frugal.errors import UserError
+from frugal.errors import UserError, require
 from frugal.model.config import TransformerConfig, flops_per_token, muon_flops
 from frugal.planning.model_card import is_run, on_base, read_layers, read_transformer
 
@@ -107,6 +107,10 @@ def read_run(
         raise UserError(f"trainer.max_steps: {path} does not say how long the run is; give --tokens")
     interval = trainer.get("val_check_interval")
     validations = -(-steps * accumulate // interval) if isinstance(interval, int) and interval > 0 else 1
+    precision = _precision(trainer.get("precision"))
+    if module.get("tf32"):
+        require(precision == "32-true", f"model.tf32: trainer.precision {precision} leaves no products in float32")
+        precision = "tf32"
     freezing = {key: value for key, value in (values.get("freezing") or {}).items() if value}
     left_out = ["freezing (the plan is an upper bound)"] if freezing else []
     left_out += ["the growing batch"] if data.get("batch_ramp") else []
@@ -119,7 +123,7 @@ def read_run(
         seq_len=length,
         lengths=tuple((int(stage["start"]), int(stage["seq_len"])) for stage in data.get("lengths") or ()),
         accumulate=accumulate,
-        precision="tf32" if module.get("tf32") else _precision(trainer.get("precision")),
+        precision=precision,
         optimizer=optimizer,
         ns_steps=0 if module.get("lora") else int(settings.get("ns_steps", 5)),
         sharded="FSDP" in str(_args(trainer, "strategy").get("class_path", "")).upper(),

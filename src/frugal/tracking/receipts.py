@@ -36,6 +36,7 @@ class StudyResult:
         seeds: of the pairs.
         margin: relative difference that does not matter.
         metric: the loss that counts.
+        target: `baseline` is the baseline's final loss; a number is a value of the metric.
         conditions: machine and measurement of the seconds.
         date: of the report, as YYYY-MM-DD.
         findings: every arm against the baseline and its controls.
@@ -50,6 +51,7 @@ class StudyResult:
     seeds: list[int]
     margin: float
     metric: str
+    target: str | float
     conditions: list[str]
     date: str
     findings: list[Finding]
@@ -71,6 +73,7 @@ def result_of(name: str, study: Study, findings: Sequence[Finding], conditions: 
         study.seeds,
         study.margin,
         study.metric,
+        study.target,
         list(conditions),
         date.today().isoformat(),
         list(findings),
@@ -98,17 +101,18 @@ def read_results(sources: Iterable[str]) -> list[StudyResult]:
         sources: a result's file, or a folder that holds some, itself or in its folders.
 
     Raises:
-        UserError: nothing there, or a file that is no result.
+        UserError: nothing there, a file that is no result, or two results of one study.
     """
-    found: dict[str, StudyResult] = {}
+    found: dict[str, tuple[Path, StudyResult]] = {}
     for source in sources:
         path = Path(source)
         files = [path] if path.is_file() else sorted([*path.glob("*.json"), *path.glob("*/*.json")])
         require(bool(files), f"studies: no result of `frugal savings` in {source}")
         for file in files:
             result = _read(file)
-            found[result.study] = result
-    return list(found.values())
+            other = found.setdefault(result.study, (file.resolve(), result))[0]
+            require(other == file.resolve(), f"studies: {other} and {file} are both of {result.study}; name one")
+    return [result for _, result in found.values()]
 
 
 def _read(file: Path) -> StudyResult:
@@ -166,18 +170,23 @@ def receipts_table(results: Sequence[StudyResult]) -> str:
             + " | ".join(cells)
             + f" | {'; '.join(map(_beside, beside))} |"
         )
+    failed = [(r, f) for r in results for f in r.findings if f.reference == r.base and not f.ratios]
+    lines += ["", *(f"Failed: {_label(result, finding)}" for result, finding in failed)] if failed else []
     lines += ["", "Baselines, by study:", ""]
     for result in results:
         about = result.arms.get(result.base, "")
+        target = "" if result.target == "baseline" else f" to {result.target:g}"
         lines.append(
             f"- {result.study}{': ' + about if about else ''}; {result.steps:,} steps, {len(result.seeds)} seeds, "
-            f"{result.metric}, {result.date}. {result.question}"
+            f"{result.metric}{target}, {result.date}. {result.question}"
         )
     return "\n".join(lines) + "\n"
 
 
 def _label(result: StudyResult, finding: Finding, mark: str = "") -> str:
-    return f"{result.study}: {mark}{finding.arm}{mark}{' (control)' if finding.arm in result.controls else ''}"
+    said = [*(["control"] if finding.arm in result.controls else []), *([finding.note] if finding.note else [])]
+    beside = f" ({', '.join(said)})" if said else ""
+    return f"{result.study}: {mark}{finding.arm}{mark}{beside}"
 
 
 def _beside(finding: Finding) -> str:

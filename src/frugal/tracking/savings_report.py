@@ -30,20 +30,23 @@ def axis_groups(findings: Sequence[Finding]) -> list[tuple[str, ...]]:
     """Axes whose ratios are the same in every finding: on one machine joules and dollars follow the seconds."""
     groups: list[tuple[str, ...]] = []
     for axis in AXES:
-        having = [f for f in findings if axis in f.ratios]
-        if not having:
+        if not any(axis in f.ratios for f in findings):
             continue
         for i, group in enumerate(groups):
-            if all(
-                group[0] in f.ratios
-                and math.isclose(f.ratios[axis].estimate, f.ratios[group[0]].estimate, rel_tol=5e-3)
-                for f in having
-            ):
+            if all(_same(f.ratios.get(axis), f.ratios.get(group[0])) for f in findings):
                 groups[i] = (*group, axis)
                 break
         else:
             groups.append((axis,))
     return groups
+
+
+def _same(one: Ratio | None, other: Ratio | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    ends = ((one.estimate, other.estimate), (one.low, other.low), (one.high, other.high))
+    close = all(math.isclose(a, b, rel_tol=5e-3) for a, b in ends)
+    return close and (one.verdict, one.bound) == (other.verdict, other.bound)
 
 
 def forest_figure(title: str, findings: Sequence[Finding], reference: str, margin: float) -> Figure:

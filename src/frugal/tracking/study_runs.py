@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 75  # exit code of a run that was told to stop
 Start = Callable[[list[str], Path], int]  # command of train.py, log file -> exit status
-_running: set[subprocess.Popen[bytes]] = set()
+_running: dict[subprocess.Popen[bytes], bool] = {}  # and whether a launcher stands before it
 _told: list[int] = []  # the signal that has told all runs to stop
 
 
@@ -58,16 +58,21 @@ def start_process(
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment
             )
-        _running.add(process)
+        _running[process] = bool(launcher)
         try:
             if _told:  # between the check of the study and now
-                process.send_signal(_told[0])
+                _tell(process, _told[0])
             return process.wait()
         finally:
-            _running.discard(process)
+            _running.pop(process, None)
     finally:
         if devices and device is not None:
             devices.put(device)
+
+
+def _tell(process: subprocess.Popen[bytes], number: int) -> None:
+    """Pass a signal on. Slurm's srun makes SIGKILL of SIGTERM, but hands SIGUSR1 to the run, which stops by it too."""
+    process.send_signal(signal.SIGUSR1 if _running.get(process) else number)
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,16 @@ def costs_of(summary: dict[str, Any]) -> dict[str, float]:
     summary without them has those of the clock.
     """
     phases = summary["seconds_by_phase"]
-    seconds = phases["train"] + phases.get("data", 0.0)
-    if is_cpu(summary):
-        seconds += summary["train_cpu_seconds"] / summary["threads"] - phases["train"]
-    joules, dollars = (  # no row for the device: no estimate, which the report leaves out
-        summary[axis] * seconds / summary["seconds"] if summary.get(axis) else float("nan")
-        for axis in ("joules", "dollars")
-    )
+    clock, data = phases["train"], phases.get("data", 0.0)
+    train = summary["train_cpu_seconds"] / summary["threads"] if is_cpu(summary) else clock
+    seconds = train + data
+    joules = dollars = float("nan")  # no row for the device: no estimate, which the report leaves out
+    if summary.get("dollars"):
+        dollars = summary["dollars"] * seconds / summary["seconds"]
+    if whole := summary.get("joules"):
+        # A device that trains draws more than one that waits; older summaries do not tell the two apart.
+        own = summary.get("train_joules") or whole * clock / summary["seconds"]
+        joules = own * train / clock + (whole - own) * data / max(summary["seconds"] - clock, 1e-9)
     return dict(zip(AXES, (summary["tokens_seen"], summary["flops"], seconds, joules, dollars), strict=True))
 
 
@@ -119,11 +127,20 @@ class StudyRuns:
         out: folder for the runs and the report.
         wandb: as `run.wandb`.
         start: runs a command of train.py to its end; null starts nothing.
+        restarts: how often a run that ends because its place was taken away begins again, from its checkpoint. Zero
+            where a run can only have been told to stop by the machine's owner: then the study stops too.
     """
 
     def __init__(
-        self, name: str, study: Study, out: Path, wandb: str = "auto", start: Start | None = start_process
+        self,
+        name: str,
+        study: Study,
+        out: Path,
+        wandb: str = "auto",
+        start: Start | None = start_process,
+        restarts: int = 0,
     ) -> None:
+        self.restarts = restarts
         self.name, self.study, self.out, self.wandb, self.start = name, study, out, wandb, start
         self.failures: dict[str, str] = {}
         self.tuned: dict[str, dict[str, float]] = {}  # by arm
@@ -174,13 +191,19 @@ class StudyRuns:
         command = [sys.executable, "train.py", "fit", "--config", str(file), "--ckpt_path", "last"]
         output, began = file.with_suffix(".log"), time.monotonic()
         status = self.start(command, output)
+        for _ in range(self.restarts):
+            if status != STOPPED or self.stopped:
+                break
+            log.info("%s: lost its place, begins again", spec.name)
+            status = self.start(command, output)
         if status == STOPPED or (status and self.stopped):  # a run that was still starting has nothing to save
             self.stopped = True
             raise UserError(f"{spec.name}: was told to stop; the same command goes on")
         summary = self._summary(key)
         if status or summary is None or summary["loss"] is None:
             lines = output.read_text(encoding="utf-8").strip().splitlines() if output.is_file() else []
-            self.failures[spec.name] = lines[-1] if lines else f"exit status {status}"
+            own = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
+            self.failures[spec.name] = own[-1] if own else f"exit status {status}"
             log.warning("%s failed: %s (%s)", spec.name, self.failures[spec.name], output)
             return None
         self.made += 1
@@ -192,7 +215,15 @@ class StudyRuns:
         self.stopped = True
         _told[:] = [number]
         for process in tuple(_running):
-            process.send_signal(number)
+            _tell(process, number)
+
+    def interrupt(self, number: int, _: object = None) -> NoReturn:
+        """A handler for Ctrl-C, which the runs on this terminal have had too; those behind a launcher are told."""
+        self.stopped = True
+        for process, launched in tuple(_running.items()):
+            if launched:
+                _tell(process, number)
+        raise KeyboardInterrupt
 
     # --- sweeps
 
