@@ -9,7 +9,8 @@ Parts, in this order, each with a table of its own in OUT:
   Validation losses after the same steps should agree within the noise of a seed. Several `--jobs` share the device:
   the losses stay comparable, the speeds do not.
 - wide: a mixture of 0.9B parameters, 0.25B active, 32,768 tokens a step, one run after the other: tokens per second,
-  MFU, watts that NVML counted, and peak memory and step time against what `frugal plan` foretells.
+  MFU, watts of training (~ where nothing counts them), and peak memory and step time against what `frugal plan`
+  foretells.
 - throughput: beside the peers (`throughput.py`).
 
 Without a GPU it runs the modes that a CPU has. fp8 is model.fp8 (tensorwise) over bf16-mixed.
@@ -128,7 +129,8 @@ def wide(folder: Path, only: list[str]) -> list[str]:
                 f"{rows[q]['actual'] / u:.1f} | {rows[q]['predicted'] / u:.1f}" if q in rows else " | "
                 for q, u in (("peak memory", 2**30), ("training time", 0.06))
             )
-            speed = f"{s['tokens_per_second']:,.0f} | {s['mfu']:.1%} | {s['joules'] / s['wall_seconds']:.0f}"
+            watts = f"{'' if s['joules_measured'] else '~'}{s['train_joules'] / s['seconds_by_phase']['train']:.0f}"
+            speed = f"{s['tokens_per_second']:,.0f} | {s['mfu']:.1%} | {watts}"
             table.append(f"| {name} | {s['val_loss']:.4f} | {speed} | {memory} | {seconds} | |")
         print(table[-1], flush=True)
     return table

@@ -7,7 +7,8 @@
 Every contender is a process of its own with the same batch, fused AdamW and allocator settings. On a CPU (float32) all
 stay alive and take turns, a few steps each, round after round, so that a noisy machine is noisy for all; on CUDA
 (bfloat16 autocast, unless the name says otherwise) `--together` says how many memory holds. The large matrix product
-whose speed is the peak takes its turn like a contender. Medians over rounds; ratios are medians of each round's ratio.
+whose speed is the peak takes its turn like a contender. Medians over rounds; ratios are medians of each round's ratio,
+and those marked ~ the ratio of two medians: that contender was not alive in the same rounds as the reference.
 A step is forward, loss, backward and optimizer. Peak memory on a CPU is the resident peak of the timed steps less
 what the imports alone took; on CUDA it is what torch allocated.
 """
@@ -45,13 +46,14 @@ class Worker:
 
     name: str
     n_experts: int
+    group: int  # those of one take turns
     process: subprocess.Popen[str]
     seconds: list[float] = field(default_factory=list)
     memory_gib: float = 0.0
     parameters: int = 0
 
     @staticmethod
-    def start(name: str, device: str, n_experts: int, steps: int) -> Worker:
+    def start(name: str, device: str, n_experts: int, steps: int, group: int = 0) -> Worker:
         command = [sys.executable, "-m", "benchmarks.throughput_worker", name, device, str(n_experts), str(steps)]
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
         process = subprocess.Popen(
@@ -63,7 +65,7 @@ class Worker:
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"},
         )
-        return Worker(name, n_experts, process)
+        return Worker(name, n_experts, group, process)
 
     def read(self) -> dict[str, Any]:
         """Next line of JSON; a contender that fell over says why in one."""
@@ -108,7 +110,7 @@ def measure(
     matmul = Worker.start("matmul", device, 0, 0)
     matmul.read()
     for first in range(0, len(wanted), together):
-        workers = [Worker.start(name, device, n, steps) for name, n in wanted[first : first + together]]
+        workers = [Worker.start(name, device, n, steps, first) for name, n in wanted[first : first + together]]
         alive: list[Worker] = []
         for worker in workers:
             print(f"starting {worker.name} {worker.n_experts or ''}", file=sys.stderr, flush=True)
@@ -129,9 +131,11 @@ def measure(
     matmul.end()
 
 
-def ratio(worker: Worker, reference: Worker) -> float:
-    """How many times the reference's tokens per second, round by round."""
-    return statistics.median(b / a for a, b in zip(worker.seconds, reference.seconds, strict=True))
+def ratio(worker: Worker, reference: Worker) -> str:
+    """How many times the reference's tokens per second: round by round where both took turns, else of the medians."""
+    if worker.group == reference.group:
+        return f"{statistics.median(b / a for a, b in zip(worker.seconds, reference.seconds, strict=True)):.2f}"
+    return f"~{statistics.median(reference.seconds) / statistics.median(worker.seconds):.2f}"
 
 
 def table(workers: list[Worker], peaks: dict[str, float], shapes: dict[int, Shape]) -> str:
@@ -145,7 +149,7 @@ def table(workers: list[Worker], peaks: dict[str, float], shapes: dict[int, Shap
         seconds = statistics.median(worker.seconds)
         reference = next((w for w in workers if w.name == REFERENCE and w.n_experts == worker.n_experts), None)
         shares = " | ".join(f"{shape.flops_per_step / seconds / value / 1e12:.0%}" for value in peaks.values())
-        times = f"{ratio(worker, reference):.2f}" if reference else "-"
+        times = ratio(worker, reference) if reference else "-"
         tokens = shape.batch_size * shape.seq_len / seconds
         experts = shape.moe.n_experts if "dense" not in worker.name else "-"
         lines.append(f"| {experts} | {worker.name} | {tokens:,.0f} | {times} | {shares} | {worker.memory_gib:.2f} |")

@@ -125,10 +125,10 @@ def test_measured_energy_replaces_the_estimate() -> None:
     meter._mark = time.perf_counter()
     meter._lap()
     assert meter.ledger.joules_measured == 27.0 and meter.ledger.joules == 200 + 27.0
-    assert meter._assumption().startswith("12% of the energy measured (a and b); cpu: 10 W")
+    assert meter._assumption().startswith("12% of the energy measured (a and b), the start estimated; cpu: 10 W")
 
 
-@pytest.mark.parametrize("watts", [120.0, 0.0])  # RAPL tells none, and has counted only from the start's end on
+@pytest.mark.parametrize("watts", [120.0, 0.0])  # zero where no counter tells
 def test_a_start_that_nothing_counted_costs_what_was_drawn_at_its_end(
     monkeypatch: pytest.MonkeyPatch, watts: float
 ) -> None:

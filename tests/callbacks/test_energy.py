@@ -1,5 +1,6 @@
 """Energy counters on folders and libraries that stand in for the machine's."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,15 @@ def test_rapl_adds_up_packages_and_sees_a_counter_start_again(tmp_path: Path) ->
     two.write_text("1149\n")  # 851 to the end of its range, one more to zero, 1149 on
     assert counter.joules() == pytest.approx(2000e-6)
     assert counter.joules() == 0
+
+
+def test_rapl_takes_watts_from_its_own_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "intel-rapl:0", "package-0", 1_000_000)
+    counter = Rapl(tmp_path)
+    began, start = time.perf_counter(), counter._read()[0]
+    monkeypatch.setattr(counter, "_read", lambda: [start + int(40e6 * (time.perf_counter() - began))])
+    assert counter.watts() == pytest.approx(40.0, rel=0.05)
+    assert counter.joules() >= 40 * 0.05  # what passed meanwhile is still counted
 
 
 def test_nvml_counts_the_gpus_in_use_only() -> None:

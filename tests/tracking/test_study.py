@@ -117,6 +117,17 @@ def test_the_engine_finds_what_was_planted(tmp_path: Path) -> None:
     ]
 
 
+def test_unlike_machines_are_named_each(tmp_path: Path) -> None:
+    runs = StudyRuns("s", replace(STUDY, parts=[], arms=[part("a")]), tmp_path, start=fake_train([])).all()
+    one = conditions(runs, 2)
+    assert one[1] == "2 run(s) at a time." and sum(line.startswith("Machine:") for line in one) == 1
+    summary = runs["a"][2][0].summary
+    summary |= {"device": "NVIDIA H100", "assumption": "h100: 700 W"}
+    two = conditions(runs, 2)
+    assert sum(line.startswith("Machine:") for line in two) == 2 and "Machine: h100: 700 W" in two[1]
+    assert any("2 machines" in line for line in two)
+
+
 def test_a_second_start_makes_nothing_and_a_report_needs_no_run(tmp_path: Path) -> None:
     log: list[str] = []
     StudyRuns("s", STUDY, tmp_path, start=fake_train(log)).all()

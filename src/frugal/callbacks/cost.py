@@ -138,7 +138,7 @@ class CostMeter(pl.Callback):
         self._folder = RunFolder(Path(trainer.default_root_dir))
         if self._resumed and self._folder.meter.is_file():
             self.ledger.add_lost(Ledger.load(json.loads(self._folder.meter.read_text(encoding="utf-8"))))
-        # A GPU that waits for its program to start draws a fraction of what it draws in training.
+        # A machine that waits for its program to start draws a fraction of what it draws in training.
         self._waiting = sum(counter.watts() for counter in self._counters) * self.nodes
         self._lap(self._waiting)
         if self.given_peak is None:
@@ -348,4 +348,5 @@ class CostMeter(pl.Callback):
         if not self._counters:
             return prices
         share = self.ledger.joules_measured / max(self.ledger.joules, 1e-9)
-        return f"{share:.0%} of the energy measured ({' and '.join(c.name for c in self._counters)}); {prices}"
+        counted = " and ".join(counter.name for counter in self._counters)
+        return f"{share:.0%} of the energy measured ({counted}), the start estimated; {prices}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,13 +54,18 @@ class Rapl:
 
     def joules(self) -> float:
         """Since the last call; a counter that has started again from zero is put right."""
-        now, last = self._read(), self._last
-        self._last = now
-        return sum((n - b) % (size + 1) for n, b, size in zip(now, last, self._range, strict=True)) / 1e6
+        last, self._last = self._last, self._read()
+        return self._joules(last, self._last)
+
+    def _joules(self, before: list[int], after: list[int]) -> float:
+        return sum((a - b) % (size + 1) for a, b, size in zip(after, before, self._range, strict=True)) / 1e6
 
     def watts(self) -> float:
-        """Not told."""
-        return 0.0
+        """Over a twentieth of a second in which one core is busy, as it is while a program starts."""
+        before, began = self._read(), time.perf_counter()
+        while time.perf_counter() - began < 0.05:
+            pass
+        return self._joules(before, self._read()) / (time.perf_counter() - began)
 
 
 class Nvml:

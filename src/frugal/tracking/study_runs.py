@@ -338,8 +338,11 @@ def conditions(results: dict[str, dict[int, list[Result]]], jobs: int) -> list[s
     summaries = [r.summary for seeds in results.values() for runs in seeds.values() for r in runs]
     if not summaries:
         return ["No run has finished."]
-    first = summaries[0]
-    said = [f"Machine: {first.get('assumption')}; {jobs} run(s) at a time, {first.get('threads', '?')} thread(s) each."]
+    machines = {(s.get("device"), s.get("hardware"), s.get("cores"), s.get("threads")): s for s in summaries}
+    said = [f"Machine: {s.get('assumption')}; {s.get('threads', '?')} thread(s) a run." for s in machines.values()]
+    said.append(f"{jobs} run(s) at a time.")
+    if len(machines) > 1:
+        said.append(f"The runs are of {len(machines)} machines: seconds, joules and dollars compare only within one.")
     if all(map(is_cpu, summaries)):
         wall = sum(s["seconds_by_phase"]["train"] for s in summaries)
         quiet = sum(s["train_cpu_seconds"] / s["threads"] for s in summaries)
