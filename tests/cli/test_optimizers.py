@@ -31,6 +31,16 @@ def test_a_fragment_trains_and_resumes_exactly(resumes_exactly: Callable[..., tu
     assert checkpoint["optimizer"] == OPTIMIZERS[name]
 
 
+def test_products_of_an_optimizer_that_is_not_ours_are_on_the_bill(train: Train) -> None:
+    plain, soap = (
+        json.loads(
+            (train("fit", "--config", f"configs/optim/{name}.yaml", "--run.name", name) / "summary.json").read_text()
+        )
+        for name in ("adamw", "soap")
+    )
+    assert soap["tokens_seen"] == plain["tokens_seen"] and soap["flops"] > 1.5 * plain["flops"]
+
+
 def test_eight_bit_moments_train(train: Train) -> None:
     pytest.importorskip("torchao")
     folder = train("fit", "--config", "configs/optim/adamw_8bit.yaml", "--trainer.max_steps", "4")

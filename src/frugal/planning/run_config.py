@@ -9,6 +9,8 @@ from frugal.errors import UserError, require
 from frugal.model.config import TransformerConfig, flops_per_token, muon_flops
 from frugal.planning.model_card import is_run, on_base, read_layers, read_transformer
 
+PRECONDITIONED = ("SOAP", "Shampoo", "ScalableShampoo")  # optimizers of which a run counts the products, a plan does not
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -114,6 +116,7 @@ def read_run(
     freezing = {key: value for key, value in (values.get("freezing") or {}).items() if value}
     left_out = ["freezing (the plan is an upper bound)"] if freezing else []
     left_out += ["the growing batch"] if data.get("batch_ramp") else []
+    left_out += [f"{optimizer}'s own matrix products"] if optimizer in PRECONDITIONED else []
     left_out += ["low-rank adapters"] if module.get("lora") else []
     return PlannedRun(
         model=replace(model, max_seq_len=length),

@@ -30,6 +30,7 @@ from frugal.training.optim import (
     settings,
     use_averages,
 )
+from frugal.training.optimizer_flops import product_flops
 from frugal.training.precision import ScaledHalf, set_tf32
 from frugal.training.spikes import SkipSpikes
 
@@ -96,6 +97,7 @@ class TrainingModule(pl.LightningModule):
         self.step_groups: Tensor | None = None  # the same of the last step, over all ranks; None without groups
         self.grad_norm: Tensor | None = None  # before clipping
         self._settings: list[dict[str, Any]] = []  # the optimizer's, of each group, as the config says
+        self._products: dict[tuple[int, torch.Size], float] = {}  # FLOPs of the optimizer's own, if it is not Muon
         self._main_group = ""  # the one with the most parameters
 
     # --- what a subclass says of its model
@@ -294,6 +296,7 @@ class TrainingModule(pl.LightningModule):
             for group in optimizer.param_groups:
                 group["fused"] = False
         self._settings = settings(optimizer)
+        self._products = {} if isinstance(optimizer, Muon) else product_flops(self.optimizer, optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -306,8 +309,16 @@ class TrainingModule(pl.LightningModule):
 
         Devices with copies of the weights all take the same ones; those that share the weights share them, too.
         """
-        mine = [optimizer for optimizer in self.trainer.optimizers if isinstance(optimizer, Muon)]
-        return sum(float(m.flops()) * (1 if _are_sharded(m) else self.trainer.world_size) for m in mine)
+        total = 0.0
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, Muon):
+                own = float(optimizer.flops())
+            else:
+                groups = optimizer.param_groups if self._products else []
+                trained = [(i, p.shape) for i, group in enumerate(groups) for p in group["params"] if p.requires_grad]
+                own = sum(self._products.get(key, 0.0) for key in trained)
+            total += own * (1 if _are_sharded(optimizer) else self.trainer.world_size)
+        return total
 
     # --- checkpoints
 
