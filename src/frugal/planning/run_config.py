@@ -9,7 +9,7 @@ from frugal.errors import UserError, require
 from frugal.model.config import TransformerConfig, flops_per_token, muon_flops
 from frugal.planning.model_card import is_run, on_base, read_layers, read_transformer
 
-PRECONDITIONED = ("SOAP", "Shampoo", "ScalableShampoo")  # optimizers of which a run counts the products, a plan does not
+PRECONDITIONED = ("SOAP", "Shampoo", "ScalableShampoo")  # their products are counted in a run and not in a plan
 
 
 @dataclass(frozen=True)
