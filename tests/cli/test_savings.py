@@ -95,6 +95,9 @@ def test_a_study_runs_reports_and_is_not_run_twice(
     before = list(in_process)
     assert 4 <= len(before) == len(set(before)) <= 6
     main([*command, "--arms", "wide", "--report_only"])
+    main([*command, "--report_only"])  # one arm has no run, not even its sweep
+    shown = (project / "out/small/small.md").read_text()
+    assert "| wide | **" in shown and "swept" not in shown and "without a result" not in shown
     main([*command, "--arms", "wide"])
     assert in_process == before
     main([*command, "--arms", "same"])  # the report keeps the other arm, and leaves out what never ran

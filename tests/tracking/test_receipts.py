@@ -90,7 +90,10 @@ def test_what_failed_is_said_and_one_study_is_not_shown_twice(tmp_path: Path) ->
     write_result(result_of("one", STUDY, compare(STUDY, some), []), tmp_path / "one.json")
     found = read_results([str(tmp_path), str(tmp_path / "one.json")])  # the same file: once
     table = receipts_table(found)
-    assert "one: **dear** (1 of 3 seeds failed)" in table and "Failed: one: cheap (3 of 3 seeds failed)" in table
+    assert (
+        "one: **dear** (1 of 3 seeds without a result)" in table
+        and "Left out: one: cheap (3 of 3 seeds without a result)" in table
+    )
     (tmp_path / "elsewhere").mkdir()
     write_result(found[0], tmp_path / "elsewhere" / "one.json")
     with pytest.raises(UserError, match=r"studies: .*one\.json and .*one\.json are both of one; name one"):

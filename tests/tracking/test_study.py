@@ -181,7 +181,7 @@ def test_what_a_failed_arm_leaves(tmp_path: Path) -> None:
     points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
     findings = compare(STUDY, points)
     (finding,) = [f for f in findings if f.arm == "only-b"]
-    assert finding.ratios == {} and finding.note == "2 of 2 seeds failed"
+    assert finding.ratios == {} and finding.note == "2 of 2 seeds without a result"
     assert "| not known |" in markdown("s", STUDY, points, findings, [], {}, runs.failures)
 
 

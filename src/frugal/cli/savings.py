@@ -72,6 +72,9 @@ def savings(
         free, jobs = SimpleQueue(), len(devices)
         for device in devices:
             free.put(device)
+    if report_only:  # what was never run is no part of it
+        there = StudyRuns(name, replace(wanted, only=[]), folder, wandb, None).there()
+        wanted = replace(wanted, only=[*(arms or []), *there])
     start = None if report_only else partial(start_process, threads=max(1, cores // jobs), devices=free)
     if start and launcher is not None:
         require(not devices, "devices: the launcher gives each run its own; leave one of the two out")
@@ -97,7 +100,7 @@ def savings(
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-    if arms:  # beside those named now, the report keeps what earlier calls have made
+    if arms and not report_only:  # beside those named now, the report keeps what earlier calls have made
         there = StudyRuns(name, replace(wanted, only=[]), folder, wandb, None).there()
         wanted = replace(wanted, only=[*arms, *there])
         report = StudyRuns(name, wanted, folder, wandb, None)

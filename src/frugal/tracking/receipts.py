@@ -171,7 +171,7 @@ def receipts_table(results: Sequence[StudyResult]) -> str:
             + f" | {'; '.join(map(_beside, beside))} |"
         )
     failed = [(r, f) for r in results for f in r.findings if f.reference == r.base and not f.ratios]
-    lines += ["", *(f"Failed: {_label(result, finding)}" for result, finding in failed)] if failed else []
+    lines += ["", *(f"Left out: {_label(result, finding)}" for result, finding in failed)] if failed else []
     lines += ["", "Baselines, by study:", ""]
     for result in results:
         about = result.arms.get(result.base, "")

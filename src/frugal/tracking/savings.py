@@ -58,7 +58,7 @@ def compare(study: Study, points: Points) -> list[Finding]:
         mine, theirs = points.get(arm, {}), points.get(reference, {})
         seeds = [seed for seed in study.seeds if seed in mine and seed in theirs and seed in targets]
         lost = len(study.seeds) - len(seeds)
-        note = f"{lost} of {len(study.seeds)} seeds failed" if lost else ""
+        note = f"{lost} of {len(study.seeds)} seeds without a result" if lost else ""
         if not seeds:
             findings.append(Finding(arm, reference, {}, None, note))
             continue
