@@ -89,6 +89,9 @@ def test_a_study_runs_reports_and_is_not_run_twice(
         "- {name: swept, tune: {key: model.optimizer.lr, grid: [0.01, 0.02]}}\n"
     )
     command = ["savings", "small.yaml", "--out", "out", "--wandb", "disabled"]
+    with pytest.raises(SystemExit):
+        main([*command, "--report_only"])
+    assert "no finished run of small" in capsys.readouterr().err
     main([*command, "--arms", "wide"])
     shown = capsys.readouterr().out
     assert "# Savings study: small" in shown and "| wide | **" in shown

@@ -74,6 +74,7 @@ def savings(
             free.put(device)
     if report_only:  # what was never run is no part of it
         there = StudyRuns(name, replace(wanted, only=[]), folder, wandb, None).there()
+        require(bool(there), f"report_only: no finished run of {name} in {folder}; run the study first")
         wanted = replace(wanted, only=[*(arms or []), *there])
     start = None if report_only else partial(start_process, threads=max(1, cores // jobs), devices=free)
     if start and launcher is not None:

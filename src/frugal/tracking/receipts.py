@@ -180,6 +180,11 @@ def receipts_table(results: Sequence[StudyResult]) -> str:
             f"- {result.study}{': ' + about if about else ''}; {result.steps:,} steps, {len(result.seeds)} seeds, "
             f"{result.metric}{target}, {result.date}. {result.question}"
         )
+    lines += ["", "How it was measured:", ""]
+    said: dict[str, list[str]] = {}
+    for result in results:
+        said.setdefault(" ".join(result.conditions), []).append(result.study)
+    lines += [f"- {', '.join(studies)}: {conditions}" for conditions, studies in said.items()]
     return "\n".join(lines) + "\n"
 
 
