@@ -22,12 +22,13 @@ def scores(split: str, summary: dict[str, Any]) -> list[str]:
 
 def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str, str]]:
     """The card's lines as (label, text), from `summary.json` and the paths to show."""
-    active = summary["params_active"]
+    active, inner = summary["params_active"], summary["params_active_without_input_embedding"]
     rows = [
         (
             "parameters",
-            f"{short(summary['params_total'])} total, {short(active)} active per token "
-            f"({short(summary['params_active_without_input_embedding'])} without the input embedding)"
+            f"{short(summary['params_total'])} total, {short(active)} active per token"
+            # A tied embedding is the head too, so nothing is without it.
+            + (f" ({short(inner)} without the input embedding)" if inner != active else "")
             + (f", {short(applied)} applied" if (applied := summary.get("params_applied", active)) != active else ""),
         ),
         ("trained on", f"{short(summary['tokens_seen'])} tokens in {summary['global_step']:,} steps"),

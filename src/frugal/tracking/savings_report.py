@@ -74,6 +74,8 @@ def forest_figure(title: str, findings: Sequence[Finding], reference: str, margi
         panel.set_xticks([], minor=True)
         panel.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(rows)), [row.arm for row in rows])
+    for label, row in zip(axes[0].get_yticklabels(), rows, strict=True):
+        label.set_color("#777777" if row.arm.endswith("(control)") else "black")
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     from matplotlib.lines import Line2D
 
