@@ -185,6 +185,18 @@ def test_what_a_failed_arm_leaves(tmp_path: Path) -> None:
     assert "| not known |" in markdown("s", STUDY, points, findings, [], {}, runs.failures)
 
 
+def test_runs_that_are_there_but_of_no_use(tmp_path: Path) -> None:
+    study = Study("?", 1000, arms=[part("a")], seeds=[1], metric="val/typo")
+    for _ in range(2):  # the second call finds the runs that the first has made
+        runs = StudyRuns("s", study, tmp_path, start=fake_train(log := []))
+        assert runs.all() == {"base": {}, "a": {}} and list(runs.failures)
+    assert not log and "no val/typo" in " ".join(runs.failures.values())
+    for damage in ('{"seconds": ', "{}"):
+        next(tmp_path.glob("runs/base*/id/summary.json")).write_text(damage)
+        with pytest.raises(UserError, match=r"summary\.json: damaged; remove its folder"):
+            StudyRuns("s", replace(study, metric="val/bits_per_byte"), tmp_path, start=fake_train([])).all()
+
+
 def test_a_sweep_chooses_for_the_baseline_and_for_arms_without_their_own(tmp_path: Path) -> None:
     tune = Tune("model.lr", [0.5, 1.1, 3.0])
     own = Arm("own", tune=Tune("model.lr", [0.9, 5.0], seed=77))

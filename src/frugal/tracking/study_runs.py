@@ -164,17 +164,24 @@ class StudyRuns:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
             summary = self._summary(key) or self._make(spec, key)
+        if summary and summary["loss"] is None:  # made by an earlier call: making it again would not help
+            self.failures[spec.name] = f"its metrics have no {self.study.metric}"
+            return None
         return Result(spec, length, summary) if summary else None
 
     def _summary(self, key: str) -> dict[str, Any] | None:
         found = sorted((self.out / "runs").glob(f"*_{key}/*/summary.json"))
         if not found:
             return None
-        summary = json.loads(found[-1].read_text(encoding="utf-8"))
+        try:
+            summary = json.loads(found[-1].read_text(encoding="utf-8"))
+            costs_of(summary)
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{found[-1]}: damaged; remove its folder and the run is made again") from None
         rows = [row for row in read_lines(found[-1].with_name("metrics.jsonl")) if self.study.metric in row]
         summary["loss"] = rows[-1][self.study.metric] if rows else None
         if self.study.clock == "wall":
-            del summary["train_cpu_seconds"]
+            summary.pop("train_cpu_seconds", None)
         return summary
 
     def _make(self, spec: RunSpec, key: str) -> dict[str, Any] | None:
