@@ -50,14 +50,18 @@ def points(seeds: list[int]) -> dict[str, dict[int, list[tuple[float, Point]]]]:
 def results(folder: Path, seeds: list[int] = STUDY.seeds) -> Path:
     for name in ("one", "two"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        found = result_of(name, STUDY, compare(STUDY, points(seeds)), ["Machine: a test"])
+        found = result_of(
+            name, STUDY, compare(STUDY, points(seeds)), ["Machine: a test"], {"base": {0.004: 2.1}}, points(seeds)
+        )
         write_result(found, folder / name / f"{name}.json")
     return folder
 
 
 @pytest.mark.parametrize("seeds", [[1, 2, 3], [1]])
 def test_a_result_comes_back_as_it_was_written(seeds: list[int], tmp_path: Path) -> None:
-    written = result_of("one", STUDY, compare(STUDY, points(seeds)), ["Machine: a test"])
+    written = result_of(
+        "one", STUDY, compare(STUDY, points(seeds)), ["Machine: a test"], {"base": {0.004: 2.1}}, points(seeds)
+    )
     assert any(math.isinf(r.high) for finding in written.findings for r in finding.ratios.values())
     write_result(written, tmp_path / "one.json")
     json.loads((tmp_path / "one.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
@@ -87,7 +91,7 @@ def test_the_verb_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
 def test_what_failed_is_said_and_one_study_is_not_shown_twice(tmp_path: Path) -> None:
     some = points(STUDY.seeds)
     del some["cheap"], some["dear"][3]
-    write_result(result_of("one", STUDY, compare(STUDY, some), []), tmp_path / "one.json")
+    write_result(result_of("one", STUDY, compare(STUDY, some), [], {}, some), tmp_path / "one.json")
     found = read_results([str(tmp_path), str(tmp_path / "one.json")])  # the same file: once
     table = receipts_table(found)
     assert (

@@ -15,10 +15,12 @@ import pytest
 import yaml
 
 from frugal.errors import UserError
+from frugal.tracking.processes import start_process
+from frugal.tracking.run_costs import conditions, costs_of
 from frugal.tracking.savings import compare, recipe_effects
 from frugal.tracking.savings_report import forest_figure, markdown, write_report
 from frugal.tracking.study import Arm, Equal, Study, Tune, read_study, run_spec
-from frugal.tracking.study_runs import StudyRuns, conditions, costs_of, start_process
+from frugal.tracking.study_runs import StudyRuns
 
 PART = {"a": 0.8, "b": 0.9, "c": 1.0}  # steps that a part leaves to be done
 
@@ -101,8 +103,8 @@ def test_the_engine_finds_what_was_planted(tmp_path: Path) -> None:
     assert [effect.within["flops"] for effect in effects] == pytest.approx([0.8, 0.9, 1.0], rel=1e-3)
     assert product["flops"] == pytest.approx(0.72, rel=1e-3)
     # A CPU's training seconds are the processor's, the clock's 0.3 a step are not; validation is left out.
-    assert points["base"][1][0][1].costs["seconds"] == pytest.approx(100.0)
-    text = markdown("s", STUDY, points, findings, conditions(results, 2), runs.sweeps, runs.failures)
+    assert {share: point.costs["seconds"] for share, point in points["base"][1]} == pytest.approx({0.7: 70, 1.0: 100})
+    text = markdown("s", STUDY, points, findings, conditions(results), runs.sweeps, runs.failures)
     assert "| only-a | **saves** 0.80 [0.80, 0.80]" in text and "| only-c | **ties** 1.00" in text
     assert "3.00 times as many training seconds" in text
     assert "| a | 0.80 | 0.80 |" in text  # alone, and within the recipe
@@ -119,11 +121,11 @@ def test_the_engine_finds_what_was_planted(tmp_path: Path) -> None:
 
 def test_unlike_machines_are_named_each(tmp_path: Path) -> None:
     runs = StudyRuns("s", replace(STUDY, parts=[], arms=[part("a")]), tmp_path, start=fake_train([])).all()
-    one = conditions(runs, 2)
-    assert one[1] == "2 run(s) at a time." and sum(line.startswith("Machine:") for line in one) == 1
+    one = conditions(runs)
+    assert one[1] == "1 run(s) of the study at a time." and sum(line.startswith("Machine:") for line in one) == 1
     summary = runs["a"][2][0].summary
     summary |= {"device": "NVIDIA H100", "assumption": "h100: 700 W"}
-    two = conditions(runs, 2)
+    two = conditions(runs)
     assert sum(line.startswith("Machine:") for line in two) == 2 and "Machine: h100: 700 W" in two[1]
     assert any("2 machines" in line for line in two)
 
@@ -133,7 +135,7 @@ def test_a_second_start_makes_nothing_and_a_report_needs_no_run(tmp_path: Path) 
     StudyRuns("s", STUDY, tmp_path, start=fake_train(log)).all()
     again = StudyRuns("s", STUDY, tmp_path, start=None)
     assert again.all()["recipe"].keys() == {1, 2} and not again.failures and again.made == 0
-    shorter = StudyRuns("s", Study("?", 700, arms=[part("a")], seeds=[1]), tmp_path, start=None)
+    shorter = StudyRuns("s", Study("?", 900, arms=[part("a")], seeds=[1]), tmp_path, start=None)
     assert shorter.all() == {"base": {}, "a": {}}  # other steps are other runs
 
 
@@ -190,7 +192,7 @@ def test_runs_that_are_there_but_of_no_use(tmp_path: Path) -> None:
     for _ in range(2):  # the second call finds the runs that the first has made
         runs = StudyRuns("s", study, tmp_path, start=fake_train(log := []))
         assert runs.all() == {"base": {}, "a": {}} and list(runs.failures)
-    assert not log and "no val/typo" in " ".join(runs.failures.values())
+    assert not log and "no finite val/typo" in " ".join(runs.failures.values())
     for damage in ('{"seconds": ', "{}"):
         next(tmp_path.glob("runs/base*/id/summary.json")).write_text(damage)
         with pytest.raises(UserError, match=r"summary\.json: damaged; remove its folder"):
@@ -249,7 +251,9 @@ def test_shares_follow_the_length_and_validation_comes_once() -> None:
         ("question: q\nsteps: 10\narms: [{name: a, start: 0.9}]\n", "start 0.9 is none of the lengths"),
         ("question: q\nsteps: 10\nseeds: [1, 1]\narms: [{name: a}]\n", "each once"),
         ("question: q\nsteps: 10\narms: [{name: a}, {name: a}]\n", "a stands there twice"),
-        ("- 1\n", "must hold a study's keys"),
+        ("- 1\n", "s.yaml: must hold keys, not a list"),
+        ("", "must hold a study's keys"),
+        ("arms: [\n", "s.yaml: while parsing"),
     ],
 )
 def test_a_faulty_study_is_refused(yaml_text: str, message: str, tmp_path: Path) -> None:

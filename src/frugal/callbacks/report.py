@@ -19,6 +19,7 @@ from frugal.callbacks.routing import RoutingMonitor
 from frugal.callbacks.samples import TextSamples
 from frugal.data.curation.report import TABLE, table
 from frugal.data.curation.stage import REPORT_FILES
+from frugal.provenance import commit, versions
 from frugal.tracking.card import print_card
 from frugal.tracking.plots import draw_run
 from frugal.tracking.run_folder import RunFolder, write_json
@@ -75,6 +76,7 @@ class RunReport(pl.Callback):
         summary["router"] = callbacks[RoutingMonitor].last or None
         summary["sample"] = callbacks[TextSamples].last
         summary["data_seconds_by_stage"] = getattr(trainer.datamodule, "seconds_by_stage", None)
+        summary |= {"code": commit(), "versions": versions()}
         write_json(folder.summary, summary, indent=2)
         pictures = draw_run(folder, pl_module.unit)
         curation = _copy_curation(trainer, folder)

@@ -28,7 +28,8 @@ def savings(
         seeds: how many of the study's seeds.
         arms: run these alone, with the baseline and their controls; the others can follow, in the same folder. The
             report has every arm of the study that has been run there.
-        jobs: runs at a time, each with its share of the machine's cores.
+        jobs: runs at a time; on a machine without a GPU each has one thread (OMP_NUM_THREADS sets another number), on
+            others its share of the cores.
         devices: CUDA_VISIBLE_DEVICES of each of the runs at a time, as 0 1 2 3; their number takes the place of jobs.
         launcher: what to put before each run's command, such as "srun --ntasks 1 --gpus 1 --cpus-per-task 4": then
             each of the runs at a time waits in Slurm's queue for a place of its own.
@@ -46,12 +47,14 @@ def savings(
     from queue import SimpleQueue
 
     from frugal.errors import UserError, require
+    from frugal.tracking.processes import SIGNALS, STOPPED, start_process
     from frugal.tracking.receipts import result_of, write_result
+    from frugal.tracking.run_costs import conditions
     from frugal.tracking.run_folder import RunConfig
     from frugal.tracking.savings import compare
     from frugal.tracking.savings_report import markdown, write_report
     from frugal.tracking.study import read_study
-    from frugal.tracking.study_runs import SIGNALS, STOPPED, StudyRuns, conditions, start_process
+    from frugal.tracking.study_runs import StudyRuns
 
     require(jobs > 0, f"jobs: must be positive, got {jobs}")
     require(Path("train.py").is_file(), "no train.py here: run from the project's root folder")
@@ -67,6 +70,8 @@ def savings(
     folder = Path(out).resolve() / name
     folder.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted.clock == "processor" and not any(Path("/dev").glob("nvidia[0-9]*")):
+        cores = jobs  # of one thread the processor's seconds are exact; several wait for each other
     free: SimpleQueue[str] | None = None
     if devices:
         free, jobs = SimpleQueue(), len(devices)
@@ -108,10 +113,10 @@ def savings(
         results, sweeps = report.all(), report.sweeps
     points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
     findings = compare(wanted, points)
-    said = conditions(results, jobs)
+    said = conditions(results)
     text = markdown(name, wanted, points, findings, said, sweeps, runs.failures)
     paths = write_report(folder, name, wanted, points, findings, text)
-    write_result(result_of(name, wanted, findings, said), folder / f"{name}.json")
+    write_result(result_of(name, wanted, findings, said, sweeps, points), folder / f"{name}.json")
     if runs.made and wandb != "disabled":
         from frugal.training.loggers import log_study  # imports torch, as the runs did
 
@@ -120,3 +125,7 @@ def savings(
         )
     print(text.split("## The runs")[0].strip())
     print(f"\nwritten to {', '.join(str(path) for path in paths.values())}")
+    if runs.failures:
+        failed = "; ".join(f"{run}: {why}" for run, why in runs.failures.items())
+        print(f"{name}: {len(runs.failures)} run(s) failed ({failed}); see {folder / 'overlays'}", file=sys.stderr)
+        sys.exit(1)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import frugal
 from frugal.errors import UserError
-
-PACKAGE = Path(frugal.__file__).parent
+from frugal.provenance import COMMIT, PACKAGE, commit
 
 
 def take_snapshot(where: Path, target: Path, overlays: Sequence[Path] = ()) -> list[Path]:
@@ -31,7 +28,7 @@ def take_snapshot(where: Path, target: Path, overlays: Sequence[Path] = ()) -> l
     shutil.copytree(where / "configs", target / "configs", ignore=skip)
     shutil.copytree(PACKAGE, target / "src/frugal", ignore=skip)
     shutil.copyfile(script, target / "train.py")
-    (target / "COMMIT").write_text(_commit() + "\n", encoding="utf-8")
+    (target / COMMIT).write_text(commit() + "\n", encoding="utf-8")
     copies = []
     for number, overlay in enumerate(overlays):
         inside = overlay.resolve().is_relative_to((where / "configs").resolve())
@@ -42,12 +39,3 @@ def take_snapshot(where: Path, target: Path, overlays: Sequence[Path] = ()) -> l
             shutil.copyfile(overlay, copy)
         copies.append(copy)
     return copies
-
-
-def _commit() -> str:
-    """The commit of the code, `-dirty` if there are changes beyond it."""
-    command = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return "not under git"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal.errors import UserError, require
-from frugal.tracking.savings import Finding
+from frugal.tracking.savings import Finding, Points
 from frugal.tracking.savings_report import LABELS, axis_groups, cell, forest_figure, loss_cell
 from frugal.tracking.statistics import Ratio
 from frugal.tracking.study import AXES, Study
@@ -40,6 +40,8 @@ class StudyResult:
         conditions: machine and measurement of the seconds.
         date: of the report, as YYYY-MM-DD.
         findings: every arm against the baseline and its controls.
+        sweeps: by arm, the loss of each value that its sweep tried; the best one was used.
+        runs: by arm and seed, every finished run of the search: share of the steps, loss, and the five costs.
     """
 
     study: str
@@ -55,9 +57,18 @@ class StudyResult:
     conditions: list[str]
     date: str
     findings: list[Finding]
+    sweeps: dict[str, dict[str, float]] = field(default_factory=dict)
+    runs: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
 
 
-def result_of(name: str, study: Study, findings: Sequence[Finding], conditions: Sequence[str]) -> StudyResult:
+def result_of(
+    name: str,
+    study: Study,
+    findings: Sequence[Finding],
+    conditions: Sequence[str],
+    sweeps: Mapping[str, Mapping[float, float]],
+    points: Points,
+) -> StudyResult:
     """A finished study as data."""
     arms = study.all_arms()
     named = {control for arm in arms for control in arm.controls}
@@ -77,6 +88,14 @@ def result_of(name: str, study: Study, findings: Sequence[Finding], conditions: 
         list(conditions),
         date.today().isoformat(),
         list(findings),
+        {arm: {f"{value:g}": loss for value, loss in losses.items()} for arm, losses in sweeps.items()},
+        {
+            arm: {
+                str(seed): [{"share": share, "loss": point.loss, **point.costs} for share, point in found]
+                for seed, found in seeds.items()
+            }
+            for arm, seeds in points.items()
+        },
     )
 
 

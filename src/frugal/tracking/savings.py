@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from frugal.tracking.statistics import Point, Ratio, Reach, ratio, reach, t_interval
@@ -43,7 +43,8 @@ def needs(points: Sequence[tuple[float, Point]], target: float) -> Reach:
 def compare(study: Study, points: Points) -> list[Finding]:
     """Every arm against the baseline, then every technique against its controls.
 
-    Seeds for which a side has no run are left out and counted in the note.
+    Seeds for which a side has no run are left out and counted in the note: those that are left may be the lucky ones,
+    so they decide nothing, and the verdict is `open`.
     """
     base = study.base.name
     targets = {
@@ -68,6 +69,8 @@ def compare(study: Study, points: Points) -> list[Finding]:
             their = [needs(theirs[seed], targets[seed]) for seed in seeds]
             known = [axis for axis in AXES if not any(math.isnan(r.costs[axis]) for r in (*my, *their))]
             ratios = {axis: ratio(my, their, axis, study.margin) for axis in known}
+            if lost:
+                ratios = {axis: replace(r, verdict="open" if r.seeds > 1 else r.verdict) for axis, r in ratios.items()}
         findings.append(Finding(arm, reference, ratios, _loss_difference(mine, theirs, seeds), note))
     return findings
 
@@ -107,6 +110,17 @@ def recipe_effects(study: Study, findings: Sequence[Finding]) -> tuple[list[Part
         if effects and all(axis in effect.alone for effect in effects)
     }
     return effects, product
+
+
+def earlier(study: Study, points: Points) -> dict[int, float]:
+    """Seeds whose baseline has the loss of its full length earlier: the share of the steps in its shortest such run."""
+    found = {}
+    for seed, runs in points.get(study.base.name, {}).items():
+        losses = {share: point.loss for share, point in runs}
+        short = [share for share, loss in losses.items() if share < 1 and loss <= losses.get(1.0, -math.inf)]
+        if short:
+            found[seed] = min(short)
+    return found
 
 
 def seed_noise(points: Points, arm: str) -> float | None:

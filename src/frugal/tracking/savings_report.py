@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal.tracking.plots import new_figure
-from frugal.tracking.savings import Finding, Points, recipe_effects, seed_noise
+from frugal.tracking.savings import Finding, Points, earlier, recipe_effects, seed_noise
 from frugal.tracking.statistics import Ratio
 from frugal.tracking.study import AXES, Study
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABELS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds", "joules": "joules", "dollars": "dollars"}
+SIGNS = {"exact": "", "at least": "≥ ", "at most": "≤ ", "either": "~ "}
 # Okabe & Ito (2008); the marker says the same as the colour.
 STYLES = {
     "saves": ("#009E73", "v"),
@@ -98,7 +99,7 @@ def _draw(panel: Any, one: Ratio, y: int, low: float, high: float) -> None:
                 panel.plot(end, y, way, color=colour, markersize=6, clip_on=False)
     at = min(max(one.estimate, low), high)
     panel.plot(at, y, marker, color=colour, markersize=7, markerfacecolor="white" if one.bounded else colour)
-    sign = {"exact": "", "at least": "≥ ", "at most": "≤ "}[one.bound]
+    sign = SIGNS[one.bound]
     panel.annotate(
         f"{sign}{one.estimate:.2f}",
         (at, y),
@@ -114,12 +115,13 @@ def cell(one: Ratio | None) -> str:
     """A ratio for a table: estimate, interval, verdict."""
     if one is None:
         return "not known"
-    sign = {"exact": "", "at least": "≥ ", "at most": "≤ "}[one.bound]
+    sign = SIGNS[one.bound]
     if one.verdict == "one seed":
         return f"{sign}{one.estimate:.2f} (one seed)"
+    within = f" within {max(one.within, 0.01):.0%}" if one.verdict == "ties" else ""
     high = "∞" if math.isinf(one.high) else f"{one.high:.2f}"
     bounded = f", {one.bounded} of {one.seeds} seeds a bound" if one.bounded else ""
-    return f"**{one.verdict}** {sign}{one.estimate:.2f} [{one.low:.2f}, {high}]{bounded}"
+    return f"**{one.verdict}**{within} {sign}{one.estimate:.2f} [{one.low:.2f}, {high}]{bounded}"
 
 
 def loss_cell(loss: tuple[float, float, float] | None, noise: float | None) -> str:
@@ -153,6 +155,9 @@ def markdown(
         + ", ".join(f"{length:g}" for length in study.lengths)
         + ".",
     ]
+    if sooner := earlier(study, points):
+        said = ", ".join(f"seed {seed}: {share:g}" for seed, share in sooner.items())
+        lines.append(f"The baseline has this loss earlier, and that is its cost (shares of its steps: {said}).")
     if noise is not None:
         lines.append(f"Standard deviation of the baseline's loss over the seeds: {noise:.4f} {unit}.")
     lines += ["", *conditions, "", f"![ratios of costs]({name}.png)", ""]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Bound = Literal["exact", "at least", "at most"]
+Bound = Literal["exact", "at least", "at most", "either"]
 Verdict = Literal["saves", "ties", "costs", "open", "one seed"]
 
 
@@ -105,7 +105,8 @@ def reach(points: Sequence[Point], target: float) -> Reach:
 class Ratio:
     """Cost of one arm as a multiple of another's: geometric mean over the seeds, its interval, and the verdict.
 
-    `bound` says whether the estimate is a value; `bounded` is the number of seeds that gave a bound only.
+    `bound` says whether the estimate is a value, or what the true one lies beyond (`either`: on one side for some
+    seeds, on the other for others); `bounded` is the number of seeds that gave a bound only.
     """
 
     estimate: float
@@ -116,15 +117,26 @@ class Ratio:
     bound: Bound = "exact"
     bounded: int = 0
 
+    @property
+    def within(self) -> float:
+        """The least difference from 1 that the interval excludes, as a share of the reference's cost."""
+        return max(1 - self.low, self.high - 1)
 
-OPPOSITE: dict[Bound, Bound] = {"exact": "exact", "at least": "at most", "at most": "at least"}
+
+OPPOSITE: dict[Bound, Bound] = {"exact": "exact", "at least": "at most", "at most": "at least", "either": "either"}
 
 
 def decide(low: float, high: float, margin: float) -> Verdict:
     """`saves` if the whole interval lies below 1/(1 + margin), `costs` if it lies above 1 + margin, else `ties`.
 
+    So `ties` says that neither was shown; how equal the two are at least, the interval says (`Ratio.within`).
     An interval without an end, from bounds, that reaches beyond the margin is no tie: it leaves the question `open`.
+
+    Raises:
+        ValueError: an end that is no number.
     """
+    if math.isnan(low) or math.isnan(high):
+        raise ValueError("an interval whose end is no number decides nothing")
     if high < 1 / (1 + margin):
         return "saves"
     if low > 1 + margin:
@@ -164,7 +176,7 @@ def ratio(mine: Sequence[Reach], theirs: Sequence[Reach], axis: str, margin: flo
         high = math.inf
     if "at most" in kinds:
         low = -math.inf
-    bound: Bound = "exact" if len(kinds) != 1 else next(iter(kinds))
+    bound: Bound = next(iter(kinds), "exact") if len(kinds) < 2 else "either"
     ends = math.exp(low), math.inf if high > 700 else math.exp(high)
     verdict = decide(*ends, margin) if len(logs) > 1 else "one seed"
     return Ratio(math.exp(mean), *ends, verdict, len(logs), bound, bounded)

@@ -8,6 +8,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +21,9 @@ from frugal.errors import UserError, require
 from frugal.overlay import overlaid
 
 AXES = ("tokens", "flops", "seconds", "joules", "dollars")
+BASE = "configs/base.yaml"
+LARGE = 64 * 2**20  # bytes of a file beyond which it is known by its size and time of change
+MOST = 10_000
 SHARE = re.compile(r"(\d*\.?\d+) steps")
 
 
@@ -59,7 +65,8 @@ class Arm:
         overlays: YAML files under the project's root, merged in this order.
         options: what differs, as in an experiment's overlay; the text "0.25 steps" stands for that share of a run.
         controls: arms that it must also beat: the same with the technique's idea taken out.
-        tune: its own sweep; without one it takes the baseline's tuned value.
+        tune: its own sweep, beside what the baseline's chose.
+        tuned_by: other arms whose sweeps' values it takes upon the baseline's.
         equal: makes it a control of one length, compared by loss.
         start: share of the study's steps at which the search for the target begins.
     """
@@ -70,6 +77,7 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     controls: list[str] = field(default_factory=list)
     tune: Tune | None = None
+    tuned_by: list[str] = field(default_factory=list)
     equal: Equal | None = None
     start: float = 1.0
 
@@ -99,7 +107,7 @@ class Study:
             those of the clock, for techniques that use other processes (a busy machine spoils them).
         add_one_in: with `parts`, run each alone.
         leave_one_out: with `parts`, run the recipe without each.
-        recipe_tune: a sweep for the whole recipe.
+        recipe_tune: a sweep for the whole recipe; the recipe less a part takes its value.
         only: names of arms to run for now, with the baseline and what they are compared with; empty: all.
     """
 
@@ -137,18 +145,23 @@ class Study:
         for name in self.only:
             require(name in names, f"arms: there is no arm {name!r}, only {', '.join(names)}")
         for arm in arms:
-            for wanted in (*arm.controls, *([arm.equal.arm] if arm.equal else [])):
+            for wanted in arm_names(arm):
                 require(wanted in names and wanted != arm.name, f"arms: {arm.name}: there is no other arm {wanted!r}")
             require(arm.start in self.lengths, f"arms: {arm.name}: start {arm.start} is none of the lengths")
             if arm.tune is not None:
                 require(arm.tune.seed not in self.seeds, f"arms: {arm.name}: tune.seed is a seed of the study")
                 require(len(arm.tune.grid) > 1, f"arms: {arm.name}: tune.grid needs two values or more")
         by_name = {arm.name: arm for arm in arms}
+        controls = {control for arm in arms for control in arm.controls}
         for arm in arms:
             if arm.equal:
                 require(
                     by_name[arm.equal.arm].equal is None, f"arms: {arm.name}: {arm.equal.arm} is such a control itself"
                 )
+                require(arm.name in controls, f"arms: {arm.name}: no arm names it among its controls; it has no use")
+            for other in arm.tuned_by:
+                require(by_name[other].tune is not None, f"arms: {arm.name}: tuned_by: {other} has no sweep")
+        require(not self.base.tuned_by, "base: tuned_by: others take the baseline's values, not it theirs")
         if self.target == "baseline":
             require(1.0 in self.lengths, "lengths: 1.0 must be among them when the baseline's loss is the target")
 
@@ -159,31 +172,43 @@ class Study:
             return arms
         by_name, wanted = {arm.name: arm for arm in arms}, [self.base.name, *self.only]
         for name in wanted:  # grows while it is read
-            arm = by_name[name]
-            needed = [*arm.controls, *([arm.equal.arm] if arm.equal else [])]
-            wanted += [other for other in needed if other not in wanted]
+            wanted += [other for other in arm_names(by_name[name]) if other not in wanted]
         return [arm for arm in arms if arm.name in wanted]
 
     def _every_arm(self) -> list[Arm]:
         made = []
         if self.parts:
-            made.append(self._joined("recipe", self.parts, "all parts together", self.recipe_tune))
+            made.append(replace(self._joined("recipe", self.parts, "all parts together"), tune=self.recipe_tune))
         if self.parts and self.add_one_in:
             made += [replace(part, name=f"only-{part.name}") for part in self.parts]
         if len(self.parts) > 2 and self.leave_one_out:
             for part in self.parts:
                 rest = [other for other in self.parts if other is not part]
-                made.append(self._joined(f"without-{part.name}", rest, f"the recipe less {part.about or part.name}"))
+                less = self._joined(f"without-{part.name}", rest, f"the recipe less {part.about or part.name}")
+                made.append(replace(less, tuned_by=[*less.tuned_by, *(["recipe"] if self.recipe_tune else [])]))
         return [self.base, *self.arms, *made]
 
-    def _joined(self, name: str, parts: Sequence[Arm], about: str, tune: Tune | None = None) -> Arm:
-        """Several parts as one arm; its search begins where it would end if their savings multiplied."""
+    def _joined(self, name: str, parts: Sequence[Arm], about: str) -> Arm:
+        """Several parts as one arm, with what their own sweeps chose.
+
+        Its search begins where it would end if their savings multiplied.
+        """
         options: dict[str, Any] = {}
         for part in parts:
             options = overlaid(options, part.options)
+            require(
+                part.tune is None or self.add_one_in, f"parts: {part.name}: tune needs add_one_in, its sweep runs alone"
+            )
         guess = math.prod(part.start for part in parts)
         start = min(self.lengths, key=lambda length: abs(length - guess))
-        return Arm(name, about, [o for part in parts for o in part.overlays], options, tune=tune, start=start)
+        tuned_by = [f"only-{part.name}" for part in parts if part.tune]
+        files = [overlay for part in parts for overlay in part.overlays]
+        return Arm(name, about, files, options, tuned_by=tuned_by, start=start)
+
+
+def arm_names(arm: Arm) -> list[str]:
+    """Other arms that it is compared with or takes values from."""
+    return [*arm.controls, *([arm.equal.arm] if arm.equal else []), *arm.tuned_by]
 
 
 @dataclass(frozen=True)
@@ -215,7 +240,9 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def run_spec(study: Study, arm: Arm, seed: int, steps: int, tuned: Mapping[str, float], root: Path = Path()) -> RunSpec:
+def run_spec(
+    study: Study, arm: Arm, seed: int, steps: int, tuned: Mapping[str, Mapping[str, float]], root: Path = Path()
+) -> RunSpec:
     """The run of an arm with a seed and a number of steps.
 
     Args:
@@ -223,35 +250,90 @@ def run_spec(study: Study, arm: Arm, seed: int, steps: int, tuned: Mapping[str, 
         arm: one of its arms.
         seed: for weights and data alike, so arms are paired.
         steps: optimizer steps.
-        tuned: values that sweeps have chosen, by dotted key.
-        root: where overlay files are looked up.
+        tuned: what sweeps have chosen: by arm, values by dotted key.
+        root: where configs/base.yaml and overlay files are looked up.
 
     Raises:
-        UserError: an overlay file that is not there.
+        UserError: an overlay file that is not there or cannot be read, or options that fit no config.
     """
     tree: dict[str, Any] = {}
-    chosen: dict[str, Any] = {}
-    for key, value in tuned.items():
-        chosen = overlaid(chosen, nested(key, value))
     layers = [(study.overlays, study.options), (study.base.overlays, study.base.options)]
+    layers.append(([], _chosen(tuned.get(study.base.name, {}))))
     if arm is not study.base:
-        # The baseline's tuned values give way to what an arm says; its own sweep is said by `tuned`.
-        layers += [([], chosen), (arm.overlays, arm.options)]
-    if arm is study.base or arm.tune:
-        layers.append(([], chosen))
+        # The baseline's tuned values give way to what an arm says, and that to its own sweep.
+        layers.append((arm.overlays, arm.options))
+        layers += [([], _chosen(tuned.get(name, {}))) for name in (*arm.tuned_by, arm.name)]
     for files, options in layers:
         for name in files:
             require((root / name).is_file(), f"arms: {arm.name}: no file {name}")
-            tree = overlaid(tree, yaml.safe_load((root / name).read_text(encoding="utf-8")) or {})
+            tree = overlaid(tree, read_mapping(root / name))
         tree = overlaid(tree, options)
     tree = shares_as_steps(tree, steps)
-    accumulate = tree.get("trainer", {}).get("accumulate_grad_batches", 1)
+    trainer = tree.get("trainer", {})
+    require(isinstance(trainer, Mapping), f"arms: {arm.name}: options.trainer: must hold keys, got {trainer!r}")
     # One validation, at the end: it is the measurement, and no part of what a technique saves.
-    ends = {"max_steps": steps, "val_check_interval": steps * accumulate}
+    ends = {"max_steps": steps, "val_check_interval": steps * trainer.get("accumulate_grad_batches", 1)}
     tree = overlaid(tree, {"seed_everything": seed, "trainer": ends})
     tree.pop("run", None)
-    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+    # A run is found again by all that makes it: the defaults below it and the files it names, too.
+    base = read_mapping(root / BASE) if (root / BASE).is_file() else {}
+    whole = [{**base, "run": None}, tree, named_files([base, tree], root)]
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
     return RunSpec(f"{arm.name}_{steps}_s{seed}_{digest}", arm.name, seed, steps, tree)
+
+
+def _chosen(values: Mapping[str, float]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        tree = overlaid(tree, nested(key, value))
+    return tree
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """Read a YAML file that holds keys; an empty one holds none.
+
+    Raises:
+        UserError: not text, no YAML, or a list or value.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from None
+    require(content is None or isinstance(content, dict), f"{file}: must hold keys, not a {type(content).__name__}")
+    return content or {}
+
+
+def named_files(tree: Any, root: Path) -> dict[str, str]:
+    """What lies under every path or pattern that a config names to read from, by file: a digest of its content.
+
+    Of a file beyond `LARGE` bytes only its size and time of change count; of a folder its first `MOST` files.
+    """
+    if isinstance(tree, Mapping):  # what a run writes to is none of its inputs
+        tree = [value for key, value in tree.items() if not str(key).endswith(("_dir", "root"))]
+    if isinstance(tree, list):
+        return {name: digest for value in tree for name, digest in named_files(value, root).items()}
+    # Only names with a separator or an ending are paths; "auto" beside a folder of that name is none.
+    if not isinstance(tree, str) or not re.fullmatch(r"[^\n]*[/.][^\n]{1,500}", tree):
+        return {}
+    try:
+        paths = [Path(name) for name in glob(str(root / tree), recursive=True)]  # noqa: PTH207 (absolute patterns too)
+        files = [p for path in paths for p in ([path] if path.is_file() else islice(path.rglob("*"), MOST))]
+        return {str(p): _content(p) for p in sorted(files) if p.is_file()}
+    except (OSError, ValueError):  # a text with a slash that is no path
+        return {}
+
+
+def _content(file: Path) -> str:
+    stat = file.stat()
+    if stat.st_size > LARGE:
+        return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+    return _digest(file, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest(file: Path, size: int, changed: int) -> str:
+    """Of a file of this size and time of change: read once."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def read_study(path: str) -> Study:
@@ -262,11 +344,8 @@ def read_study(path: str) -> Study:
     """
     file = Path(path)
     require(file.is_file(), f"study: no file {path}")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: {error}") from None
-    require(isinstance(content, dict), f"{path}: must hold a study's keys (question, steps, arms, ...)")
+    content = read_mapping(file)
+    require(bool(content), f"{path}: must hold a study's keys (question, steps, arms, ...)")
     # jsonargparse would build the classes that options name, so it sees a number in the place of each.
     kept: list[dict[str, Any]] = []
 
