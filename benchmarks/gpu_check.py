@@ -129,8 +129,10 @@ def wide(folder: Path, only: list[str]) -> list[str]:
                 f"{rows[q]['actual'] / u:.1f} | {rows[q]['predicted'] / u:.1f}" if q in rows else " | "
                 for q, u in (("peak memory", 2**30), ("training time", 0.06))
             )
-            watts = f"{'' if s['joules_measured'] else '~'}{s['train_joules'] / s['seconds_by_phase']['train']:.0f}"
-            speed = f"{s['tokens_per_second']:,.0f} | {s['mfu']:.1%} | {watts}"
+            trained = s["seconds_by_part"]["step"] + s["seconds_by_part"]["data_wait"]  # without compiling
+            watts = f"{'' if s['joules_measured'] else '~'}{s['train_joules'] / trained:.0f}"
+            mfu = s["flops"] / trained / (s["peak_tflops_measured"] * 1e12)
+            speed = f"{s['tokens_seen'] / trained:,.0f} | {mfu:.1%} | {watts}"
             table.append(f"| {name} | {s['val_loss']:.4f} | {speed} | {memory} | {seconds} | |")
         print(table[-1], flush=True)
     return table

@@ -92,15 +92,20 @@ class CostMeter(pl.Callback):
         apart = {"compile": compile_seconds()}
         if self._phase == "step":
             apart["data_wait"] = float(getattr(self._datamodule, "waited_seconds", 0.0))
+        shares = {}
         for part, total in apart.items():
-            share = min(max(total - self._apart[part], 0.0), seconds)
+            shares[part] = share = min(max(total - self._apart[part], 0.0), seconds)
             self._apart[part], seconds = total, seconds - share
             self.ledger.seconds[part] += share
         self.ledger.seconds[self._phase] += seconds
         measured = sum(counter.joules() for counter in self._counters) * self.nodes if self._counters else None
         before = self.ledger.joules
         self._pay(whole, measured if watts is None else None, watts or 0.0)
-        self.ledger.train_joules += self.ledger.joules - before if self._phase == "step" else 0.0
+        if self._phase == "step":
+            spent = self.ledger.joules - before
+            # A GPU waits while its kernels are compiled; where nothing measures, every second costs the same.
+            idle = self._waiting if measured is not None else spent / max(whole, 1e-9)
+            self.ledger.train_joules += max(spent - idle * shares["compile"], 0.0)
 
     def _pay(self, seconds: float, measured: float | None = None, watts: float = 0.0) -> None:
         """At this machine's price and, where nothing measures, its watts; earlier parts of a run keep theirs."""

@@ -23,7 +23,7 @@ class Ledger:
         validations: how many there were.
         joules: energy, measured or estimated.
         joules_measured: how much of it was measured.
-        train_joules: how much of it went into steps, waiting for data and compiling.
+        train_joules: how much of it went into steps and waiting for data.
         dollars: price of the machine's time.
         seconds: by part (`PARTS`).
         train_cpu_seconds: processor time of this process while training.

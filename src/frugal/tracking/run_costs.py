@@ -25,14 +25,18 @@ class Result:
 
 
 def costs_of(summary: dict[str, Any]) -> dict[str, float]:
-    """What a run spent on training and data, by axis; start-up, validation and checkpoints are the same in every arm.
+    """What a run spent on training and data, by axis.
+
+    Start-up, compiling, validation and checkpoints are left out: they are much the same in every arm, and in a short
+    run they would hide what differs.
 
     On a CPU the training seconds of one thread are those of its processor: what a machine takes that does nothing else.
     Of several threads, which wait for each other, and of a summary without them, they are those of the clock.
     """
     phases = summary["seconds_by_phase"]
-    clock, data = phases["train"], phases.get("data", 0.0)
-    train = summary["train_cpu_seconds"] if by_processor(summary) else clock
+    compiling = summary.get("seconds_by_part", {}).get("compile", 0.0)
+    clock, data = phases["train"] - compiling, phases.get("data", 0.0)
+    train = max(summary["train_cpu_seconds"] - compiling, 1e-9) if by_processor(summary) else clock
     seconds = train + data
     joules = dollars = float("nan")  # no row for the device: no estimate, which the report leaves out
     if summary.get("dollars"):

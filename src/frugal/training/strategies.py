@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torchmetrics import Metric
 
 from frugal.errors import require
 from frugal.model.config import TransformerConfig
@@ -149,6 +150,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         for module in self.lightning_module.modules():  # type: ignore[union-attr]
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.root_device)
+            if isinstance(module, Metric):  # its sums are no buffers
+                module.to(self.root_device)
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:
