@@ -1,5 +1,6 @@
 """`frugal savings`: every shipped study is accepted, and a real one of seconds goes from arms to a report."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import yaml
 from frugal.cli.train import build
 from frugal.cli.train import main as train
 from frugal.cli.verbs import main
-from frugal.tracking import study_runs
+from frugal.tracking import processes
 from frugal.tracking.read_runs import flat
 from frugal.tracking.study import read_study, run_spec
 
@@ -29,8 +30,8 @@ def test_every_arm_of_a_shipped_study_is_accepted(path: Path, monkeypatch: pytes
     seen = []
     steps = round(study.lengths[0] * study.steps)  # the shortest run: where shares of the steps come closest
     for arm in study.all_arms():
-        tune = arm.tune or study.base.tune
-        spec = run_spec(study, arm, 1, steps, {tune.key: tune.grid[0]} if tune else {})
+        tuned = {other.name: {other.tune.key: other.tune.grid[0]} for other in study.all_arms() if other.tune}
+        spec = run_spec(study, arm, 1, steps, tuned)
         spec.overlay.get("model", {}).pop("init_from", None)  # a run that fine-tunes starts from one of the user's
         if spec.overlay in seen:
             continue
@@ -75,7 +76,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         train(command[2:])
         return 0
 
-    monkeypatch.setattr("frugal.tracking.study_runs.start_process", start)
+    monkeypatch.setattr("frugal.tracking.processes.start_process", start)
     return made
 
 
@@ -96,7 +97,7 @@ def test_a_study_runs_reports_and_is_not_run_twice(
     shown = capsys.readouterr().out
     assert "# Savings study: small" in shown and "| wide | **" in shown
     before = list(in_process)
-    assert 4 <= len(before) == len(set(before)) <= 6
+    assert 4 <= len(before) == len(set(before)) <= 8
     main([*command, "--arms", "wide", "--report_only"])
     main([*command, "--report_only"])  # one arm has no run, not even its sweep
     shown = (project / "out/small/small.md").read_text()
@@ -108,6 +109,34 @@ def test_a_study_runs_reports_and_is_not_run_twice(
     shown = (project / "out/small/small.md").read_text()
     assert "| wide | **" in shown and "| same | **" in shown and "| swept |" not in shown
     assert (project / "out/small/small.png").is_file() and (project / "out/small/small.md").is_file()
+    kept = json.loads((project / "out/small/small.json").read_text())
+    told = "\n".join(kept["conditions"])
+    assert "1 run(s) of the study at a time." in told and "Code: " in told and "Software: python 3" in told
+    (last,) = [run for run in kept["runs"]["base"]["1"] if run["share"] == 1]
+    assert last.keys() == {"share", "loss", "tokens", "flops", "seconds", "joules", "dollars"} and last["tokens"] > 0
+
+
+def test_a_study_with_a_failed_run_says_so_and_ends_with_1(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def start(command: list[str], log_file: Path, threads: int = 1, devices: object = None) -> int:
+        if log_file.name.startswith("same_8_s2"):
+            log_file.write_text("error: it broke\n")
+            return 1
+        return train(command[2:]) or 0
+
+    monkeypatch.setattr("frugal.tracking.processes.start_process", start)
+    shutil.copy(ROOT / "train.py", project)
+    (project / "small.yaml").write_text(
+        "question: q\nsteps: 8\nseeds: [1, 2, 3]\nlengths: [1.0]\noverlays: [tiny.yaml]\n"
+        "arms: [{name: same, options: {model: {optimizer: {lr: 0.011}}}}]\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["savings", "small.yaml", "--out", "out", "--wandb", "disabled"])
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and "small: 1 run(s) failed (same_8_s2" in said.err and "it broke" in said.err
+    # The seeds that are left are no fair draw of all.
+    assert "| same (1 of 3 seeds without a result) | **open** " in said.out
 
 
 def test_a_study_that_is_told_to_stop_ends_with_75_and_gives_the_signal_back(
@@ -115,11 +144,11 @@ def test_a_study_that_is_told_to_stop_ends_with_75_and_gives_the_signal_back(
 ) -> None:
     def start(command: list[str], log_file: Path, threads: int = 1, devices: object = None) -> int:
         os.kill(os.getpid(), signal.SIGTERM)
-        while not study_runs._told:  # the main thread's handler
+        while not processes.TOLD:  # the main thread's handler
             time.sleep(0.01)
         return -signal.SIGTERM  # as of a run that was still starting
 
-    monkeypatch.setattr("frugal.tracking.study_runs.start_process", start)
+    monkeypatch.setattr("frugal.tracking.processes.start_process", start)
     shutil.copy(ROOT / "train.py", project)
     (project / "small.yaml").write_text("question: q\nsteps: 8\noverlays: [tiny.yaml]\narms: [{name: same}]\n")
     before = signal.getsignal(signal.SIGTERM)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from frugal.model.cache import KVCache
 from frugal.model.config import TransformerConfig, YarnConfig
 from frugal.model.generation import generate
 from frugal.model.latent_attention import LatentAttention
@@ -89,3 +90,9 @@ def test_yarn_changes_what_a_long_context_says(tiny_latent: TransformerConfig) -
     plain.load_state_dict(scaled.state_dict())
     ids = torch.randint(0, 64, (1, 20))
     assert (scaled(ids) - plain(ids)).abs().max() > 1e-3
+
+
+def test_a_cache_follows_its_tensors() -> None:
+    cache = KVCache([(2, 4)], 1, 8, torch.device("cpu"), torch.float32)
+    (stored,) = cache.append(torch.zeros(1, 2, 3, 4, device="meta"))
+    assert stored.device.type == "meta" and stored.shape == (1, 2, 3, 4)

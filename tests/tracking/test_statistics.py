@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 
 from frugal.tracking.savings import compare
-from frugal.tracking.statistics import Point, Reach, decide, ratio, reach, t_interval, t_quantile
+from frugal.tracking.savings_report import cell
+from frugal.tracking.statistics import Point, Ratio, Reach, decide, ratio, reach, t_interval, t_quantile
 from frugal.tracking.study import AXES, Arm, Study
 
 
@@ -67,6 +68,14 @@ def test_the_margin_decides() -> None:
     assert decide(1.03, 1.5, margin=0.02) == "costs" and decide(1.01, 1.5, margin=0.02) == "ties"
     assert decide(1.03, math.inf, margin=0.02) == "costs" and decide(0.85, math.inf, margin=0.02) == "open"
     assert decide(0.0, 0.9, margin=0.02) == "saves" and decide(0.0, 1.2, margin=0.02) == "open"
+    with pytest.raises(ValueError, match="no number"):
+        decide(math.nan, 1.0, margin=0.02)
+
+
+def test_a_tie_is_worth_what_its_interval_excludes() -> None:
+    close, wide = (Ratio(1.0, low, 1.05, "ties", 3) for low in (0.97, 0.7))
+    assert close.within == pytest.approx(0.05) and wide.within == pytest.approx(0.3)
+    assert cell(wide) == "**ties** within 30% 1.00 [0.70, 1.05]"
 
 
 def test_one_seed_has_no_verdict() -> None:
@@ -98,7 +107,7 @@ def test_bounds_in_both_directions_say_nothing() -> None:
     base = [Reach({"flops": 100.0})] * 2
     mine = [Reach({"flops": 140.0}, "at least", 0.1), Reach({"flops": 20.0}, "at most", -0.1)]
     found = ratio(mine, base, "flops", 0.02)
-    assert (found.low, found.high, found.verdict) == (0.0, math.inf, "open")
+    assert (found.low, found.high, found.verdict, found.bound) == (0.0, math.inf, "open", "either")
 
 
 # Losses fall by 0.144 bits per byte for each e-fold of the steps and vary by 0.006 over seeds, as the default's do
@@ -120,7 +129,7 @@ def simulated_verdicts(seeds: int, saving: float, draw: int) -> dict[str, str]:
         return found
 
     points = {
-        "base": {seed: runs([1.0], 0.0) for seed in study.seeds},
+        "base": {seed: runs([0.7, 1.0], 0.0) for seed in study.seeds},
         "technique": {seed: runs([0.5, 0.7, 1.0, 1.4], saving) for seed in study.seeds},
     }
     (finding,) = compare(study, points)

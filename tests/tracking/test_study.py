@@ -1,5 +1,6 @@
 """Studies as data: arms and runs, what is made when, and what an interrupted study goes on with."""
 
+import itertools
 import json
 import math
 import signal
@@ -61,6 +62,7 @@ def part(name: str) -> Arm:
     return Arm(name, options={"model": {"parts": {name: True}}})
 
 
+LENGTHS = [0.1, 0.15, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4]
 STUDY = Study("?", 1000, parts=[part("a"), part("b"), part("c")], seeds=[1, 2], margin=0.02)
 
 
@@ -105,7 +107,7 @@ def test_the_engine_finds_what_was_planted(tmp_path: Path) -> None:
     # A CPU's training seconds are the processor's, the clock's 0.3 a step are not; validation is left out.
     assert {share: point.costs["seconds"] for share, point in points["base"][1]} == pytest.approx({0.7: 70, 1.0: 100})
     text = markdown("s", STUDY, points, findings, conditions(results), runs.sweeps, runs.failures)
-    assert "| only-a | **saves** 0.80 [0.80, 0.80]" in text and "| only-c | **ties** 1.00" in text
+    assert "| only-a | **saves** 0.80 [0.80, 0.80]" in text and "| only-c | **ties** within 1% 1.00" in text
     assert "3.00 times as many training seconds" in text
     assert "| a | 0.80 | 0.80 |" in text  # alone, and within the recipe
     alone = {arm: points[arm] for arm in ("base", "recipe")}
@@ -141,10 +143,10 @@ def test_a_second_start_makes_nothing_and_a_report_needs_no_run(tmp_path: Path) 
 
 def test_a_stopped_run_stops_the_study_and_the_next_start_goes_on(tmp_path: Path) -> None:
     log: list[str] = []
-    train = fake_train(log)
+    train, calls = fake_train(log), itertools.count()
 
     def start(command: list[str], log_file: Path) -> int:
-        return 75 if len(log) == 3 else train(command, log_file)
+        return 75 if next(calls) >= 3 else train(command, log_file)
 
     with pytest.raises(UserError, match="the same command goes on"):
         StudyRuns("s", STUDY, tmp_path, start=start).all(jobs=2)
@@ -210,6 +212,116 @@ def test_a_sweep_chooses_for_the_baseline_and_for_arms_without_their_own(tmp_pat
     assert used == {"base": 1.1, "a": 1.1, "own": 0.9}
 
 
+def test_what_sweeps_chose_adds_up(tmp_path: Path) -> None:
+    """An arm's options win over the baseline's sweep, its own sweep over both; other keys stay."""
+    base = Arm("base", tune=Tune("model.lr", [0.5, 1.1]))
+    arms = [
+        Arm("own", options={"model": {"price": 2.0}}, tune=Tune("model.price", [3.0, 4.0], seed=77)),
+        Arm("set", options={"model": {"lr": 0.7}}, tune=Tune("model.price", [5.0, 6.0], seed=77)),
+        Arm("like", tuned_by=["own"]),
+    ]
+    results = StudyRuns("s", Study("?", 1000, base=base, arms=arms, seeds=[1]), tmp_path, start=fake_train([])).all()
+    used = {arm: results[arm][1][0].spec.overlay["model"] for arm in results}
+    assert used["own"] == {"lr": 1.1, "price": 3.0} and used["set"] == {"lr": 0.7, "price": 5.0}
+    assert used["like"] == {"lr": 1.1, "price": 3.0}
+    with pytest.raises(UserError, match="arms: like: tuned_by: plain has no sweep"):
+        Study("?", 1000, arms=[Arm("like", tuned_by=["plain"]), Arm("plain")])
+    circle = [Arm(a, tune=Tune("model.lr", [1.0, 2.0]), tuned_by=[b]) for a, b in (("a", "b"), ("b", "a"))]
+    with pytest.raises(UserError, match="goes round in a circle"):
+        StudyRuns("s", Study("?", 1000, arms=circle), tmp_path, start=None).all()
+
+
+def test_a_recipe_and_what_it_is_without_a_part_have_the_values_of_its_sweeps(tmp_path: Path) -> None:
+    tuned_part = replace(part("a"), tune=Tune("model.price", [1.0, 2.0], seed=77))
+    study = replace(STUDY, parts=[tuned_part, part("b"), part("c")], recipe_tune=Tune("model.lr", [0.9, 5.0], seed=77))
+    results = StudyRuns("s", replace(study, seeds=[1]), tmp_path, start=fake_train([])).all()
+    used = {arm: results[arm][1][0].spec.overlay.get("model", {}) for arm in results}
+    values = {arm: (model.get("lr"), model.get("price")) for arm, model in used.items()}
+    assert values["recipe"] == values["without-b"] == (0.9, 1.0) and values["without-a"] == (0.9, None)
+    assert values["only-a"] == (None, 1.0) and values["only-b"] == (None, None)
+    with pytest.raises(UserError, match="parts: a: tune needs add_one_in"):
+        replace(study, add_one_in=False)
+
+
+def test_a_baseline_that_gets_there_earlier_gives_nothing_away(tmp_path: Path) -> None:
+    """Where a shorter run is as good (a text learnt by heart), an arm that changes nothing must not save."""
+
+    def by_heart(command: list[str], log_file: Path) -> int:  # best at 400 steps, or half of them
+        overlay = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text())
+        overlay["trainer"]["max_steps"] /= 400 * (0.5 if "half" in overlay["run"]["name"] else 1)
+        status = fake_train([])(command, log_file)
+        folder = tmp_path / "runs" / overlay["run"]["name"] / "id"
+        loss = 1.5 + 0.1 * math.log(overlay["trainer"]["max_steps"]) ** 2
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "val/bits_per_byte": loss}) + "\n")
+        return status
+
+    arms = [Arm("same", options={"x": 1}), Arm("half", options={"x": 2})]
+    study = Study("?", 1000, arms=arms, seeds=[1, 2], lengths=[0.05, *LENGTHS])
+    results = StudyRuns("s", study, tmp_path, start=by_heart).all()
+    points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
+    found = {f.arm: f.ratios["flops"] for f in compare(study, points)}
+    assert found["same"].estimate == pytest.approx(1.0) and found["same"].verdict == "ties"
+    assert found["half"].estimate == pytest.approx(0.5, rel=0.1) and found["half"].verdict == "saves"
+    text = markdown("s", study, points, compare(study, points), [], {}, {})
+    assert (
+        "The baseline has this loss earlier, and that is its cost (shares of its steps: seed 1: 0.25, seed 2: 0.25)"
+        in text
+    )
+
+
+def test_a_run_is_known_by_all_that_makes_it(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/base.yaml").write_text("data: {cache_dir: .cache, seq_len: 8}\nrun: {name: base}\n")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/one.txt").write_text("one")
+    study = Study("?", 10, arms=[Arm("x", options={"data": {"source": {"path": "texts/*.txt"}}})])
+
+    def name() -> str:
+        return run_spec(study, study.arms[0], 1, 10, {}, tmp_path).name
+
+    names = [name()]
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache/made").write_text("what a run writes")
+    (tmp_path / "configs/base.yaml").write_text("run: {name: other}\n\ndata: {seq_len: 8, cache_dir: .cache}\n")
+    assert name() == names[0]
+    for file, text in (
+        ("configs/base.yaml", "data: {seq_len: 16}\n"),
+        ("texts/one.txt", "two"),
+        ("texts/new.txt", "3"),
+    ):
+        (tmp_path / file).write_text(text)
+        names.append(name())
+    assert len(set(names)) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"- 1\n", "must hold keys, not a list"),
+        (b"a: [\n", "while parsing"),
+        (b"\xff\xfe", "codec can't decode"),
+        (b"trainer:\n", "options.trainer: must hold keys"),
+    ],
+)
+def test_an_overlay_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "over.yaml").write_bytes(content)
+    study = Study("?", 10, arms=[Arm("x", overlays=["over.yaml"])])
+    with pytest.raises(UserError, match=told):
+        run_spec(study, study.arms[0], 1, 10, {}, tmp_path)
+
+
+def test_seconds_of_several_threads_are_the_clock_s_and_compiling_is_no_training() -> None:
+    summary = {
+        "seconds_by_phase": {"train": 30.0, "validation": 1.0, "data": 2.0, "other": 3.0},
+        "seconds_by_part": {"compile": 10.0},
+        **{"train_cpu_seconds": 28.0, "threads": 1, "assumption": "cpu: 10 W", "seconds": 36.0, "tokens_seen": 1},
+        **{"flops": 1.0, "joules": 360.0, "dollars": 36.0},
+    }
+    one = costs_of(summary)
+    assert one["seconds"] == pytest.approx(28 - 10 + 2) and one["dollars"] == pytest.approx(20)
+    assert costs_of({**summary, "threads": 2})["seconds"] == pytest.approx(30 - 10 + 2)
+
+
 def test_a_control_of_equal_flops_has_that_length(tmp_path: Path) -> None:
     dear = Arm("dear", options={"model": {"price": 0.6}}, controls=["equal"])
     study = Study("?", 1000, arms=[dear, Arm("equal", equal=Equal("dear"))], seeds=[1, 2])
@@ -251,6 +363,10 @@ def test_shares_follow_the_length_and_validation_comes_once() -> None:
         ("question: q\nsteps: 10\narms: [{name: a, start: 0.9}]\n", "start 0.9 is none of the lengths"),
         ("question: q\nsteps: 10\nseeds: [1, 1]\narms: [{name: a}]\n", "each once"),
         ("question: q\nsteps: 10\narms: [{name: a}, {name: a}]\n", "a stands there twice"),
+        (
+            "question: q\nsteps: 9\narms: [{name: a}, {name: b, equal: {arm: a}}]\n",
+            "b: no arm names it among its controls",
+        ),
         ("- 1\n", "s.yaml: must hold keys, not a list"),
         ("", "must hold a study's keys"),
         ("arms: [\n", "s.yaml: while parsing"),

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, history, made_once, prepare_project, same
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from ranks import run
+from torchmetrics import MeanMetric
 
 from frugal.callbacks.freezing import Freezing
 from frugal.cli.checkpoint_card import checkpoint_card
@@ -221,6 +223,18 @@ def test_a_pickle_among_shards_is_refused(runs: Path, tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="holds more than tensors"):
         read_checkpoint(folder)
     assert not Path("executed").exists()
+
+
+def test_with_offloaded_shards_buffers_and_metrics_go_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FSDP2Strategy, "root_device", torch.device("meta"))
+    strategy = FSDP2Strategy(cpu_offload=True)
+    module = LightningModule()
+    module.weight, module.mean = torch.nn.Parameter(torch.ones(2)), MeanMetric()
+    module.register_buffer("scale", torch.ones(2))
+    strategy._lightning_module = module
+    strategy.model_to_device()
+    assert module.weight.device.type == "cpu"
+    assert module.scale.device.type == module.mean.mean_value.device.type == module.mean.device.type == "meta"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ class KVCache:
     def append(self, *new_BGTC: Tensor) -> tuple[Tensor, ...]:
         """Store the new positions of each tensor and return everything stored so far, each [B, G, S, C]."""
         start, self.length = self.length, self.length + new_BGTC[0].shape[2]
+        if self.buffers[0].device != new_BGTC[0].device:  # weights that lie in the host's memory compute elsewhere
+            self.buffers = [buffer.to(new_BGTC[0].device) for buffer in self.buffers]
         for buffer, new in zip(self.buffers, new_BGTC, strict=True):
             buffer[:, :, start : self.length] = new
         return tuple(buffer[:, :, : self.length] for buffer in self.buffers)

@@ -28,6 +28,15 @@ BESIDE = "study.json"  # in a run's folder: how many ran at a time
 Start = Callable[[list[str], Path], int]  # command of train.py, log file -> exit status
 
 
+def _shorter_may_do(losses: list[float], target: float) -> bool:
+    """Whether a run shorter than all of these may reach the target first.
+
+    It may where the shortest has, and where none has and the loss rises with the length (a text learnt by heart).
+    """
+    rises = len(losses) > 1 and losses[0] == min(losses) < losses[-1]
+    return losses[0] <= target or (min(losses) > target and rises)
+
+
 class StudyRuns:
     """Makes a study's runs, each once, and goes on where an interrupted one stopped.
 
@@ -199,22 +208,33 @@ class StudyRuns:
         if first is None:
             return []
         target = first.point.loss if self.study.target == "baseline" else float(self.study.target)
-        lengths, at = self.study.lengths, self.study.lengths.index(arm.start)
-        found: dict[int, Result] = {}
-        while 0 <= at < len(lengths) and at not in found:
-            result = self.result(arm, seed, lengths[at])
-            if result is None:
-                break
-            found[at] = result
-            at += -1 if result.point.loss <= target else 1
+        found = self._around(arm, seed, target)
         # Controls of equal length, and the loss at the baseline's own length, are compared at full length.
         full = (
             self.result(arm, seed, 1.0)
             if arm.controls or any(arm.name in a.controls for a in self.arms.values())
             else None
         )
-        results = {result.length: result for result in (*found.values(), *([full] if full else []))}
+        results = {result.length: result for result in (*found, *([full] if full else []))}
         return [results[length] for length in sorted(results)]
+
+    def _around(self, arm: Arm, seed: int, target: float) -> list[Result]:
+        lengths, at = self.study.lengths, self.study.lengths.index(arm.start)
+        found: dict[int, Result] = {}
+        while 0 <= at < len(lengths) and at not in found:
+            result = self.result(arm, seed, lengths[at])
+            if result is None:
+                return list(found.values())
+            found[at] = result
+            at += -1 if result.point.loss <= target else 1
+        at = min(found) - 1
+        while at >= 0 and _shorter_may_do([found[i].point.loss for i in sorted(found)], target):
+            result = self.result(arm, seed, lengths[at])
+            if result is None:
+                break
+            found[at] = result
+            at -= 1
+        return list(found.values())
 
     def _equal_run(self, arm: Arm, seed: int) -> list[Result]:
         assert arm.equal
