@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,3 +129,37 @@ def test_what_is_no_result_is_named(tmp_path: Path) -> None:
 def test_the_table_that_is_kept_is_that_of_the_results_that_are_kept() -> None:
     folder = Path(__file__).parents[2] / "docs" / "claims" / "results"
     assert (folder / "README.md").read_text().endswith(receipts_table(read_results([str(folder)])))
+
+
+def spoilt(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def spoil(file: Path) -> None:
+        tree = json.loads(file.read_text())
+        change(tree)
+        file.write_text(json.dumps(tree))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda file: file.write_text(file.read_text()[:200]), "JSONDecodeError"),
+        (lambda file: file.write_bytes(b"\xff\xfe"), "UnicodeDecodeError"),
+        (spoilt(lambda tree: tree["findings"][0].pop("flops")), "KeyError: 'flops'"),
+        (spoilt(lambda tree: tree["findings"][0]["flops"].update(verdict="wins")), "flops is .*wins"),
+        (spoilt(lambda tree: tree["findings"][0]["flops"].update(bound="about")), "flops is .*about"),
+        (spoilt(lambda tree: tree["findings"][0]["flops"].update(estimate=None)), "flops is None"),
+        (spoilt(lambda tree: tree["findings"][0]["flops"].update(low=None)), "flops is None"),
+        (spoilt(lambda tree: tree["findings"][0].update(note=None)), "note is None"),
+        (spoilt(lambda tree: tree.update(arms=None)), "arms is None"),
+        (spoilt(lambda tree: tree.update(conditions=[1])), "conditions is 1"),
+        (spoilt(lambda tree: tree.update(findings=[1])), "TypeError"),
+        (spoilt(lambda tree: tree.update(extra=1)), "extra"),
+    ],
+)
+def test_a_damaged_result_is_named_in_one_line(spoil: Callable[[Path], Any], told: str, tmp_path: Path) -> None:
+    file = results(tmp_path) / "one/one.json"
+    spoil(file)
+    with pytest.raises(UserError, match=rf"studies: {file} is no result of `frugal savings` \(.*{told}") as refused:
+        read_results([str(file)])
+    assert "\n" not in str(refused.value)

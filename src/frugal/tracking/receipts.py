@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from frugal.errors import UserError, require
 from frugal.tracking.savings import Finding, Points
-from frugal.tracking.savings_report import LABELS, axis_groups, cell, forest_figure, loss_cell
+from frugal.tracking.savings_report import LABELS, SIGNS, axis_groups, cell, forest_figure, loss_cell
 from frugal.tracking.statistics import Ratio
 from frugal.tracking.study import AXES, Study
 
@@ -137,25 +137,50 @@ def read_results(sources: Iterable[str]) -> list[StudyResult]:
 def _read(file: Path) -> StudyResult:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
+        for key, kind in KINDS.items():
+            _is(tree[key], kind, key)
+        for key, kind in (("arms", str), ("conditions", str), ("controls", str), ("seeds", int)):
+            for value in tree[key].values() if key == "arms" else tree[key]:
+                _is(value, kind, key)
         return StudyResult(**{**tree, "findings": [_finding(row) for row in tree["findings"]]})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"studies: {file} is no result of `frugal savings` ({type(error).__name__}); "
+            f"studies: {file} is no result of `frugal savings` ({type(error).__name__}: {error}); "
             "write it anew with `frugal savings STUDY --report_only`"
         ) from None
 
 
+KINDS: dict[str, Any] = {"study": str, "question": str, "base": str, "arms": dict, "controls": list, "steps": int}
+KINDS |= {"seeds": list, "margin": int | float, "metric": str, "target": str | int | float, "conditions": list}
+KINDS |= {"date": str, "findings": list}
+
+
+def _is(value: Any, kind: Any, name: str) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}")
+    return value
+
+
 def _finding(row: Mapping[str, Any]) -> Finding:
-    ratios = {
-        axis: Ratio(**{**row[axis], "high": math.inf if row[axis]["high"] is None else row[axis]["high"]})
-        for axis in AXES
-        if axis in row
-    }
+    ratios = {axis: _ratio(row[axis], axis) for axis in AXES if axis in row}
+    if ratios and "flops" not in ratios:
+        raise KeyError("flops")
     loss = row["loss_difference"]
     if loss is not None:  # of one seed the interval has no ends
         mean, low, high = loss
-        loss = (mean, -math.inf if low is None else low, math.inf if high is None else high)
-    return Finding(row["arm"], row["reference"], ratios, loss, row["note"])
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        loss = (_is(mean, int | float, "loss_difference"), low, high)
+    arm, reference, note = (_is(row[key], str, key) for key in ("arm", "reference", "note"))
+    return Finding(arm, reference, ratios, loss, note)
+
+
+def _ratio(row: Mapping[str, Any], axis: str) -> Ratio:
+    found = Ratio(**{**row, "high": math.inf if row["high"] is None else row["high"]})
+    for value in (found.estimate, found.low, found.high):
+        _is(value, int | float, axis)
+    if found.estimate <= 0 or found.verdict not in ORDER or found.bound not in SIGNS:
+        raise ValueError(f"{axis} is {row!r}")
+    return found
 
 
 def techniques(results: Sequence[StudyResult]) -> list[tuple[StudyResult, Finding]]:
