@@ -19,7 +19,7 @@ from frugal.launch.jobs import Job, all_jobs, config_of, jobs_for
 from frugal.launch.slurm import Cluster, load_cluster, planned_hours
 from frugal.launch.state import state_of
 from frugal.planning.hardware import choose_hardware, load_hardware
-from frugal.planning.offers import OVERHEAD, make_offer
+from frugal.planning.offers import COMPILING, OVERHEAD, make_offer
 from frugal.planning.run_config import read_run
 from frugal.tracking.run_folder import read_lines
 
@@ -154,11 +154,11 @@ def test_the_time_limit_is_taken_from_the_plan(project: Path) -> None:
     short = planned_hours(jobs(), cluster)
     long = planned_hours(jobs("--trainer.max_steps=20_000_000", "--data.batch_size", "8"), replace(cluster, hours=1e6))
     plan = make_offer(read_run("tiny.yaml"), choose_hardware(load_hardware("configs/hardware.yaml"), "", "cpu"), 4)
-    assert plan.seconds and short == pytest.approx(1.5 * plan.seconds / 3600 + 1 / 6)
+    assert plan.seconds and short == pytest.approx(1.5 * (plan.seconds + COMPILING) / 3600 + 1 / 6)
     run = read_run("tiny.yaml")
     muon = run.optimizer_flops / (run.flops / run.steps)  # its share does not grow with the batch
     at_work = (plan.seconds - OVERHEAD[True]) * (2 - muon) * 20_000_000 / 12
-    assert long == pytest.approx(1.5 * (at_work + OVERHEAD[True]) / 3600 + 1 / 6)
+    assert long == pytest.approx(1.5 * (at_work + OVERHEAD[True] + COMPILING) / 3600 + 1 / 6)
     assert planned_hours(jobs("--trainer.max_steps", "200000000"), cluster) == 3  # the most that is allowed
     strings = ("--data.source.path=*.txt", "--samples.prompts=To be: or not: that", "--run.tags=@a")
     named, *_ = jobs(*strings, "--model.optimizer", "torch.optim.AdamW")

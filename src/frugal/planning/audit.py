@@ -32,8 +32,9 @@ def audit(
     row = choose_hardware(load_hardware(hardware_file), "", summary["hardware"])
     assert row is not None
     units = summary["cores"] or summary["devices"]
-    offer = make_offer(planned, row, units, calibrations=calibrations)
-    steps = make_offer(replace(planned, validations=0), row, units, calibrations=calibrations).seconds
+    offer = make_offer(planned, row, units, calibrations=calibrations, as_configured=True)
+    silent = replace(planned, validations=0)
+    steps = make_offer(silent, row, units, calibrations=calibrations, as_configured=True).seconds
     again = 0 if planned.sharded else summary["devices"] - 1  # each copy of the weights orthogonalizes every matrix
     flops = planned.flops + again * planned.steps * planned.optimizer_flops
     measured = next((c for c in calibrations if (c.hardware, c.precision) == (row.name, planned.precision)), None)

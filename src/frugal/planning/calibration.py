@@ -9,7 +9,7 @@ from typing import Any
 
 from frugal.errors import UserError
 from frugal.model.config import flops_per_token
-from frugal.planning.run_config import read_run
+from frugal.planning.run_config import PlannedRun, read_run
 
 FILE = Path(".cache/calibration.json")
 
@@ -21,7 +21,7 @@ class Calibration:
     Args:
         hardware: row of the hardware table.
         precision: as in `trainer.precision`.
-        flops_per_second: of one device (or core), steps and waiting for data together.
+        flops_per_second: of one device (or core), steps and waiting for data together, what is computed anew counted.
         validation_tokens: what one validation costs, in forward passes of so many tokens at that speed.
         overhead_seconds: start, checkpoints and the rest of a whole run.
         runs: where the figures come from.
@@ -53,15 +53,22 @@ def read_summary(run: str) -> dict[str, Any]:
 def training_seconds(summary: dict[str, Any]) -> float:
     """Seconds of steps and of waiting for data.
 
-    On a CPU that others use too, the processor seconds per thread, where they are fewer: what an idle machine takes.
+    On a CPU that others use too, the processor seconds of a run of one thread, where they are fewer: what an idle
+    machine takes. Several threads wait for each other, so theirs say little.
     """
     parts = summary["seconds_by_part"]
     seconds = float(parts["step"] + parts["data_wait"])
     busy = summary.get("train_cpu_seconds")
-    if summary.get("device") == "cpu" and busy:
+    if summary.get("device") == "cpu" and busy and summary["threads"] == 1:
         # Compiling is processor time, too, but no step.
-        seconds = min(seconds, max(busy / summary["threads"] - parts["compile"], 1e-9))
+        seconds = min(seconds, max(busy - parts["compile"], 1e-9))
     return seconds
+
+
+def _again(run: PlannedRun) -> float:
+    """FLOPs that are computed as a multiple of those that count."""
+    flops = flops_per_token(run.model, run.seq_len)
+    return 1 + run.recompute * flops.forward / flops.training
 
 
 def calibrate(runs: list[str]) -> list[Calibration]:
@@ -80,11 +87,14 @@ def calibrate(runs: list[str]) -> list[Calibration]:
     for (hardware, precision), members in groups.items():
         units = [summary["cores"] or summary["devices"] for _, summary in members]
         seconds = [training_seconds(summary) for _, summary in members]
-        speed = sum(s["flops"] / n for (_, s), n in zip(members, units, strict=True)) / sum(seconds)
+        plans = [read_run(str(Path(run) / "config.yaml")) for run, _ in members]
+        done = [
+            summary["flops"] * _again(plan) / n for (_, summary), plan, n in zip(members, plans, units, strict=True)
+        ]
+        speed = sum(done) / sum(seconds)
         evaluations, overheads = [], []
-        for (run, summary), n, mine in zip(members, units, seconds, strict=True):
+        for (_, summary), planned, n, mine in zip(members, plans, units, seconds, strict=True):
             parts = summary["seconds_by_part"]
-            planned = read_run(str(Path(run) / "config.yaml"))
             forward = flops_per_token(planned.model, planned.seq_len).forward
             # A machine that others slow down slows validation as much as training.
             slowed = mine / max(parts["step"] + parts["data_wait"], 1e-9)

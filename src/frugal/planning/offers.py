@@ -17,9 +17,13 @@ from frugal.planning.run_config import PlannedRun
 
 # Assumptions, where neither --mfu nor a calibration says better.
 MFU = 0.30  # of published mixtures on H100s: 0.20 to 0.47; a small model stays below
-LAUNCH = 0.5e-3  # seconds per layer and micro-batch that a GPU's kernels take to be launched, forward and backward
+# Seconds that a GPU waits for its kernels to be launched, forward and backward, per layer and micro-batch; and beside
+# that in a step for optimizer, clipping, callbacks and loop. Measured on an H200 (LOG, 2026-11-27); the host decides.
+LAUNCH = {"dense": 2.2e-3, "mixture": 7e-3, "compiled": 2.6e-3}
+STEP = 25e-3
 STEP_BYTES = 28  # that an optimizer step reads and writes per parameter: weight, gradient, two moments
-OVERHEAD = {True: 15.0, False: 45.0}  # seconds until the first step, on a CPU and on a GPU
+OVERHEAD = {True: 15.0, False: 20.0}  # seconds until the first step, on a CPU and on a GPU
+COMPILING = 25.0  # seconds, where blocks are compiled
 RESERVED = 2**30  # bytes of a GPU that its context and workspaces take
 FRAGMENTS = 0.05  # share of a GPU's memory that the allocator cannot use
 LINKS_UNKNOWN = "links unknown"  # to several devices: the time is without communication
@@ -89,6 +93,7 @@ def make_offer(
     mfu: float | None = None,
     calibrations: Sequence[Calibration] = (),
     extra_hours: float = 0.0,
+    as_configured: bool = False,
 ) -> Offer:
     """Plan a run on `devices` of one row (cores, if the row counts these).
 
@@ -99,6 +104,7 @@ def make_offer(
         mfu: share of the peak that the model's FLOPs achieve, all overheads included.
         calibrations: what was measured; the one for this row and precision is used unless `mfu` is given.
         extra_hours: device hours to add, for other phases.
+        as_configured: recompute if and only if the run does, in place of what is best.
     """
     replicas = 1 if row.per_core else devices
     # The config's micro-batch, or fewer sequences where so many devices share the step.
@@ -118,7 +124,7 @@ def make_offer(
     loads = [
         replace(load, strategy=strategy, checkpointing=checkpointing)
         for strategy in (strategies if replicas > 1 else strategies[:1])
-        for checkpointing in (False, True)
+        for checkpointing in ([run.recompute] if as_configured else [False, True])
     ]
     ways = [
         (way, training_memory(run.model, way), *_seconds(run, row, devices, way, mfu, calibrations)) for way in loads
@@ -172,17 +178,26 @@ def _rounds(run: PlannedRun, load: Load) -> int:
 def _seconds(
     run: PlannedRun, row: Hardware, devices: int, load: Load, mfu: float | None, calibrations: Sequence[Calibration]
 ) -> tuple[float | None, str]:
-    """How long, and on what that rests."""
+    """How long, and on what that rests.
+
+    An MFU that is given is that of all devices, and counts the model's FLOPs alone: idle devices and recomputation are
+    in it already.
+    """
     measured = next((c for c in calibrations if (c.hardware, c.precision) == (row.name, run.precision)), None)
     flops = flops_per_token(run.model, run.seq_len)
     work = run.flops
     if load.strategy == "replicated":  # each copy orthogonalizes every matrix
         work += (load.devices - 1) * run.steps * run.optimizer_flops
+    again = 1 + load.checkpointing * flops.forward / flops.training
+    # A sequence is computed on one device: where there are more devices than sequences in a step, some do nothing.
+    sequences = max(run.tokens_per_step // run.seq_len, 1)
+    idle = mfu is None and not row.per_core and devices > sequences
+    devices, note = (sequences, f"; {sequences} sequences a step") if idle else (devices, "")
     if mfu is None and measured is not None:
         speed = measured.flops_per_second * devices
         validation = run.validations * measured.validation_tokens * flops.forward
-        steps, basis = _with_communication(run, row, load, work / speed, "measured")
-        return steps + validation / speed + measured.overhead_seconds, basis
+        steps, basis = _with_communication(run, row, load, work * again / speed, "measured")
+        return steps + validation / speed + measured.overhead_seconds, basis + note
     peak = row.peak_tflops.get(PEAKS.get(run.precision, ""))
     if peak is None:
         return None, f"no peak for {run.precision}"
@@ -192,11 +207,9 @@ def _seconds(
     validation = run.validations * tokens * flops.forward / speed
     if mfu is not None:
         return run.flops / speed + validation, f"MFU {mfu:.1%} as given"
-    again = 1 + load.checkpointing * flops.forward / flops.training
     seconds, basis = work / speed * again, f"MFU {MFU:.0%} assumed"
     if not row.per_core:
-        layers = run.model.n_layers + run.model.n_mtp
-        floor = _rounds(run, load) * layers * LAUNCH * run.steps
+        floor = run.steps * (STEP + _rounds(run, load) * _launching(run))
         if floor > seconds:
             seconds, basis = floor, "kernel launches, assumed"
         if row.bandwidth_gb_s:
@@ -204,7 +217,16 @@ def _seconds(
             state = STEP_BYTES * count_parameters(run.model).total / parts
             seconds += run.steps * state / (row.bandwidth_gb_s * 1e9)
     seconds, basis = _with_communication(run, row, load, seconds, basis)
-    return seconds + validation + OVERHEAD[row.per_core], basis
+    return seconds + validation + OVERHEAD[row.per_core] + COMPILING * run.compiled, basis + note
+
+
+def _launching(run: PlannedRun) -> float:
+    """Seconds in which all kernels of a micro-batch are launched."""
+    layers = run.model.n_layers + run.model.n_mtp
+    if run.compiled:
+        return layers * LAUNCH["compiled"]
+    dense = min(run.model.moe.first_k_dense, layers) if run.model.moe else layers
+    return dense * LAUNCH["dense"] + (layers - dense) * LAUNCH["mixture"]
 
 
 def _with_communication(run: PlannedRun, row: Hardware, load: Load, compute: float, basis: str) -> tuple[float, str]:

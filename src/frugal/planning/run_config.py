@@ -31,6 +31,7 @@ class PlannedRun:
         eval_batch: sequences per validation batch.
         validations: how often the run validates.
         compiled: whether blocks are compiled.
+        recompute: whether the backward pass computes activations anew.
         left_out: what the config has and the plan does not count, in words.
     """
 
@@ -48,6 +49,7 @@ class PlannedRun:
     eval_batch: int = 0
     validations: int = 0
     compiled: bool = False
+    recompute: bool = False
     left_out: tuple[str, ...] = ()
 
     @property
@@ -133,6 +135,7 @@ def read_run(
         eval_batch=int(data.get("eval_batch_size") or micro),
         validations=validations,
         compiled=bool(module.get("compile")),
+        recompute=bool(module.get("activation_checkpointing")),
         left_out=tuple(left_out),
     )
 
