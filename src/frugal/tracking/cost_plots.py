@@ -53,9 +53,9 @@ def offers_figure(rows: list[dict[str, Any]], title: str) -> Figure:
         axis.annotate(
             name + note,
             (row["seconds"] / size, row["dollars"]),
-            xytext=(0, -12) if row["mark"] else (8, _free_height(row, labelled)),
+            xytext=(-6, -9) if row["mark"] else (8, _free_height(row, labelled)),
             textcoords="offset points",
-            ha="center" if row["mark"] else "left",
+            ha="right" if row["mark"] else "left",
             va="center",
             fontsize="small",
             color="black" if row["fits"] else GREY,
