@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "frugal"
 ALLOWED = {
     "errors": set(),
     "units": set(),
-    "overlay": set(),
+    "overlay": {"errors"},
     "provenance": set(),
     "schedule": {"errors"},
     "model": {"errors"},

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+from frugal.errors import UserError, require
 
 
 def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +35,20 @@ def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             merged.pop(f"{key}+", None)
         merged[key] = over
     return merged
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """Read a YAML file that holds keys; an empty one holds none.
+
+    Raises:
+        UserError: not text, no YAML, or a list or value.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file}: is no YAML ({' '.join(str(error).split())})") from None
+    require(content is None or isinstance(content, dict), f"{file}: must hold keys, not a {type(content).__name__}")
+    return content or {}
 
 
 def _items(value: Any) -> list[Any]:

@@ -37,7 +37,8 @@ def test_count_reads_a_whole_config(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("text", "expected"),
     [
         (None, "error: shape: no file"),
-        ("- 1", "holds no transformer"),
+        ("- 1", "must hold keys, not a list"),
+        ("", "holds no transformer"),
         ("{vocab_size: 8, d_model: 8, n_layers: 1, d_ff: 8, attention: {n_heads: 3}}", "transformer.d_model: 8 is no"),
         ("{vocab_size: 8, d_model: 8, n_layers: 1, d_ff: 8, attention: {n_head: 2}}", "n_head"),
         ("{vocab_size: x, d_model: 8, n_layers: 1, d_ff: 8, attention: {n_heads: 2}}", "vocab_size"),
@@ -55,3 +56,23 @@ def test_count_refuses_in_one_line(
         main(["count", str(path)])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and expected in error and error.count("\n") == 1, error
+
+
+def test_a_run_is_counted_at_its_own_length_and_a_shape_at_4096(capsys: pytest.CaptureFixture) -> None:
+    lengths = []
+    for path, options in (
+        ("configs/base.yaml", []),
+        ("configs/model/deepseek_v3.yaml", []),
+        ("configs/base.yaml", ["9"]),
+    ):
+        main(
+            [
+                "count",
+                str(Path(__file__).parents[2] / path),
+                "--json",
+                "true",
+                *(["--seq_len", *options] if options else []),
+            ]
+        )
+        lengths.append(json.loads(capsys.readouterr().out)["flops_per_token"]["seq_len"])
+    assert lengths == [256, 4096, 9]

@@ -265,3 +265,23 @@ def test_a_run_of_several_threads_is_timed_by_the_clock(train: object) -> None:
         speeds.append(calibrate([str(folder)])[0].flops_per_second)
     assert speeds[0] > 5 * speeds[1]
     assert speeds[2] == pytest.approx(speeds[1] * 4 / 3, rel=1e-6)  # what it computed in the same time
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"seconds_by_part"', "[]", "null", "[1]", '{"seconds_by_part": null}', '{"seconds_by_part": {}}', "flops"],
+)
+@pytest.mark.parametrize("verb", ["--audit", "--calibrate"])
+def test_a_damaged_receipt_is_named_in_one_line(
+    train: object, content: str, verb: str, capsys: pytest.CaptureFixture
+) -> None:
+    folder = train("fit")  # type: ignore[operator]
+    file = folder / "summary.json"
+    if content == "flops":
+        summary = json.loads(file.read_text())
+        content = json.dumps({key: value for key, value in summary.items() if key != "flops"})
+    file.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", verb, str(folder)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "summary.json" in error

@@ -115,3 +115,39 @@ def test_what_is_no_run_is_said(project: Path, monkeypatch: pytest.MonkeyPatch) 
     (project / "broken.wandb").write_bytes(b"no log")
     with pytest.raises(UserError, match=r"wandb cannot read broken\.wandb"):
         read_runs(["broken.wandb"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("summary.json", '{"val_loss": 1', r"summary\.json: damaged"),
+        ("summary.json", "[]", r"summary\.json: damaged: it holds a list"),
+        ("summary.json", "null", r"summary\.json: damaged: it holds a NoneType"),
+        ("config.yaml", "a: [", r"config\.yaml: is no YAML"),
+        ("config.yaml", "- 1", r"config\.yaml: must hold keys, not a list"),
+    ],
+)
+def test_a_damaged_run_is_named_in_one_line(tmp_path: Path, file: str, content: str, told: str) -> None:
+    folder = tmp_path / "a/id"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "val/loss": 2.0}\n')
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=told) as refused:
+        read_runs([str(tmp_path)])
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_no_measurement_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = ['{"step": 1, "cost/tokens": 8, "val/loss": null}', '{"val/loss": 1.0}', '{"step": 2, "val/loss": NaN}']
+    rows += ['{"step": 3, "cost/tokens": 9, "val/loss": 2.5}', "7"]
+    for name in ("a", "b"):
+        (tmp_path / name / "id").mkdir(parents=True)
+        (tmp_path / name / "id/metrics.jsonl").write_text("\n".join(rows))
+        (tmp_path / name / "id/config.yaml").write_text(f"model: {{d: {name}}}\n")
+    runs = read_runs([str(tmp_path)])
+    assert [curve(run, "cost/tokens", "val/loss") for run in runs] == [[(9, 2.5)]] * 2
+    comparison_figure(runs)
+    main(["compare", str(tmp_path), "--json", "true"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["differs"] == {"model.d": ["a", "b"]} and not Path("compare.png").exists()
+    assert [row["validation loss"] for row in told["runs"]] == ["2.5000", "2.5000"]

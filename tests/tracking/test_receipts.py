@@ -163,3 +163,10 @@ def test_a_damaged_result_is_named_in_one_line(spoil: Callable[[Path], Any], tol
     with pytest.raises(UserError, match=rf"studies: {file} is no result of `frugal savings` \(.*{told}") as refused:
         read_results([str(file)])
     assert "\n" not in str(refused.value)
+
+
+def test_results_as_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["receipts", str(results(tmp_path)), "--json", "true"])
+    told = json.loads(capsys.readouterr().out)
+    assert [result["study"] for result in told] == ["one", "two"] and told[0]["sweeps"] == {"base": {"0.004": 2.1}}
+    assert told[0]["runs"]["cheap"]["1"][0].keys() >= {"share", "loss", "flops"}

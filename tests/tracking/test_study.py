@@ -298,7 +298,7 @@ def test_a_run_is_known_by_all_that_makes_it(tmp_path: Path) -> None:
     ("content", "told"),
     [
         (b"- 1\n", "must hold keys, not a list"),
-        (b"a: [\n", "while parsing"),
+        (b"a: [\n", "is no YAML"),
         (b"\xff\xfe", "codec can't decode"),
         (b"trainer:\n", "options.trainer: must hold keys"),
     ],
@@ -369,7 +369,7 @@ def test_shares_follow_the_length_and_validation_comes_once() -> None:
         ),
         ("- 1\n", "s.yaml: must hold keys, not a list"),
         ("", "must hold a study's keys"),
-        ("arms: [\n", "s.yaml: while parsing"),
+        ("arms: [\n", "s.yaml: is no YAML"),
     ],
 )
 def test_a_faulty_study_is_refused(yaml_text: str, message: str, tmp_path: Path) -> None:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 
-def compare(runs: list[str], out: str = "compare.png") -> None:
+def compare(runs: list[str], out: str = "compare.png", json: bool = False) -> None:
     """Lay runs side by side: what differs in their configs, what they reached and spent, loss against each cost.
 
     Args:
         runs: run folders or folders that hold runs, .wandb files, or ENTITY/PROJECT of the W&B server.
         out: picture to write: loss against tokens, FLOPs, seconds and dollars, Pareto front marked.
+        json: print what differs and every run's last figures as JSON, and draw nothing.
     """
+    from json import dumps
     from pathlib import Path
 
     from frugal.errors import UserError, require
-    from frugal.tracking.compare import comparison_figure, report
+    from frugal.tracking.compare import comparison_figure, config_differences, metric_table, report
     from frugal.tracking.read_runs import read_runs
 
     require(Path(out).suffix in (".png", ".svg", ".pdf"), f"out: {out} must end in .png, .svg or .pdf")
     found = read_runs(runs)
+    if json:
+        header, rows = metric_table(found)
+        table = [dict(zip(header, row, strict=True)) for row in rows]
+        figures = [row | {"summary": run.summary} for row, run in zip(table, found, strict=True)]
+        print(dumps({"differs": config_differences(found), "runs": figures}, indent=1, default=str))
+        return
     print(report(found))
     try:
         comparison_figure(found).savefig(out)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 
-def count(shape: str, seq_len: int = 4096, json: bool = False) -> None:
+def count(shape: str, seq_len: int | None = None, json: bool = False) -> None:
     """Count a model's parameters, FLOPs and memory from its config, without building it.
 
     Args:
         shape: a file of configs/model/, configs/base.yaml, or a run's config.yaml.
-        seq_len: sequence length at which attention's FLOPs are counted.
+        seq_len: sequence length at which attention's FLOPs are counted; of a run's config its own, of a shape 4096.
         json: print JSON instead of a table.
     """
     from json import dumps
 
     from frugal.errors import UserError
-    from frugal.planning.model_card import as_table, model_card, read_shape
+    from frugal.planning.model_card import as_table, is_run, model_card, read_layers, read_shape
 
-    if seq_len < 1:
+    if seq_len is not None and seq_len < 1:
         raise UserError(f"seq_len: must be positive, got {seq_len}")
-    card = model_card(read_shape(shape), seq_len)
+    found = read_shape(shape)
+    own = found.max_seq_len if is_run(read_layers(shape)) else 4096
+    card = model_card(found, seq_len or own)
     print(dumps(card, indent=2) if json else as_table(card))
 
 

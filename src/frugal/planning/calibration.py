@@ -12,6 +12,7 @@ from frugal.model.config import flops_per_token
 from frugal.planning.run_config import PlannedRun, read_run
 
 FILE = Path(".cache/calibration.json")
+NEEDED = {"flops", "precision", "cores", "devices", "validations", "global_step", "peak_memory_bytes", "wall_seconds"}
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,19 @@ def read_summary(run: str) -> dict[str, Any]:
     path = Path(run) / "summary.json"
     if not path.is_file():
         raise UserError(f"run: no summary.json in {run}; it is written when a run ends")
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        summary = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"run: {path}: damaged ({error}); take another run") from None
     if "seconds_by_part" not in summary:
         raise UserError(f"run: {path} has no seconds_by_part; train it again to calibrate with it")
+    try:
+        training_seconds(summary)
+        missing = NEEDED - summary.keys()
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"run: {path}: damaged ({type(error).__name__}: {error}); take another run") from None
+    if missing:
+        raise UserError(f"run: {path}: damaged: it lacks {', '.join(sorted(missing))}; take another run")
     return summary
 
 

@@ -6,8 +6,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from frugal.errors import UserError, require
 from frugal.model.config import (
     BlocksConfig,
@@ -18,7 +16,7 @@ from frugal.model.config import (
     state_memory,
 )
 from frugal.model.vision_config import VisionConfig
-from frugal.overlay import overlaid
+from frugal.overlay import overlaid, read_mapping
 
 SECTIONS = {"run", "data", "trainer", "freezing", "checkpoint", "cost", "samples", "expert_bias", "diagnostics"}
 
@@ -57,31 +55,25 @@ def read_shape(path: str) -> BlocksConfig:
             f"shape: {path} trains a {kind}; only our own transformer is counted by config",
         )
         values = _linked_to_data(values) | shape
-    if not isinstance(values, dict):
-        raise UserError(f"shape: {path} holds no transformer (see configs/model/ for its keys)")
+    require(bool(values), f"shape: {path} holds no transformer (see configs/model/ for its keys)")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(VisionConfig if "patch_size" in values else TransformerConfig, "transformer")
     return parser.instantiate(parser.parse_object({"transformer": values})).transformer
 
 
-def read_layers(path: str) -> Any:
+def read_layers(path: str) -> dict[str, Any]:
     """What a YAML file holds; of several joined by `+`, each lies upon those before it.
 
     Raises:
-        UserError: no such file, no YAML in it, or a study.
+        UserError: no such file, no keys in it, or a study.
     """
     layers = []
     for part in [path] if Path(path).is_file() else path.split("+"):
         if not Path(part).is_file():
             raise UserError(f"shape: no file {part}")
-        try:
-            layers.append(yaml.safe_load(Path(part).read_text(encoding="utf-8")))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"shape: {part} is no YAML ({' '.join(str(error).split())})") from None
-        study = isinstance(layers[-1], dict) and "question" in layers[-1]
+        layers.append(read_mapping(Path(part)))
+        study = "question" in layers[-1]
         require(not study, f"shape: {part} is a savings study (frugal savings); plan the config of a run")
-    if len(layers) == 1 or not all(isinstance(layer, dict) for layer in layers):
-        return layers[0]
     return reduce(overlaid, layers)
 
 
@@ -96,7 +88,7 @@ def on_base(values: dict[str, Any]) -> dict[str, Any]:
     whole = has_model and "seed_everything" in values and "max_epochs" in (values.get("trainer") or {})
     if whole or not (base := Path("configs/base.yaml")).is_file():
         return values
-    return overlaid(yaml.safe_load(base.read_text(encoding="utf-8")), values)
+    return overlaid(read_mapping(base), values)
 
 
 def _linked_to_data(values: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def curve(run: RunData, axis: str, loss: str = "val/bits_per_byte") -> list[tupl
     steps = [step for step, _ in costs]
     points = []
     for row in run.rows:
-        if loss in row and costs:
+        if costs and math.isfinite(row.get(loss, math.nan)):
             at = min(bisect.bisect_left(steps, row["step"]), len(costs) - 1)
             points.append((costs[at][1], row[loss]))
     return points
@@ -117,7 +117,7 @@ def metric_table(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
         last: dict[str, Any] = {}
         for row in run.rows:
             last |= row
-        losses = [row[key] for row in run.rows if key in row]
+        losses = [row[key] for row in run.rows if math.isfinite(row.get(key, math.nan))]
         front = [AXES[axis] for axis, names in fronts.items() if run.name in names]
         figures = [
             f"{min(losses):.4f}" if losses else "",

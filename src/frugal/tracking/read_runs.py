@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from frugal.errors import UserError, require
-from frugal.tracking.run_folder import RunFolder, read_lines
+from frugal.overlay import read_mapping
+from frugal.tracking.run_folder import RunFolder, read_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,12 @@ def read_folder(folder: Path) -> RunData:
     """A run's own files; `summary.json` is there once it has ended."""
     run = RunFolder(folder)
     file = folder / "config.yaml"
-    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    summary = json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.is_file() else {}
-    return RunData(f"{folder.parent.name}/{run.id}", flat(config), read_lines(run.metrics), summary)
+    config = read_mapping(file) if file.is_file() else {}
+    summary = read_json(run.summary) if run.summary.is_file() else {}
+    # A row without a step, or a value that is null, is no measurement.
+    logged = [row for row in read_lines(run.metrics) if row.get("step") is not None]
+    rows = [{key: value for key, value in row.items() if value is not None} for row in logged]
+    return RunData(f"{folder.parent.name}/{run.id}", flat(config), rows, summary)
 
 
 def read_wandb_file(file: Path) -> RunData:

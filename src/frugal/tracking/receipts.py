@@ -100,9 +100,14 @@ def result_of(
 
 
 def write_result(result: StudyResult, path: Path) -> None:
-    """Write a result as JSON; an open end of an interval is null."""
+    """Write a result as JSON."""
+    path.write_text(json.dumps(as_tree(result), indent=1) + "\n", encoding="utf-8")
+
+
+def as_tree(result: StudyResult) -> dict[str, Any]:
+    """A result as plain data; an open end of an interval is null."""
     tree = {**asdict(result), "findings": [finding.row() for finding in result.findings]}
-    path.write_text(json.dumps(_without_infinities(tree), indent=1) + "\n", encoding="utf-8")
+    return dict(_without_infinities(tree))
 
 
 def _without_infinities(tree: Any) -> Any:

@@ -114,14 +114,32 @@ def folder_of(checkpoint: Path) -> RunFolder | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file; a last line that a crash cut short is left out."""
+    """Read a JSON-lines file; what stands behind a line that a crash cut short is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that `write_json` wrote.
+
+    Raises:
+        UserError: something else stands in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); if the run can go on, --ckpt_path last writes it anew") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged: it holds a {type(content).__name__}, not a run's figures")
+    return content
 
 
 def keep_steps(path: Path, last_step: int) -> None:

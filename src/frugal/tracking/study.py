@@ -14,11 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from frugal.errors import UserError, require
-from frugal.overlay import overlaid
+from frugal.overlay import overlaid, read_mapping
 
 AXES = ("tokens", "flops", "seconds", "joules", "dollars")
 BASE = "configs/base.yaml"
@@ -287,20 +286,6 @@ def _chosen(values: Mapping[str, float]) -> dict[str, Any]:
     for key, value in values.items():
         tree = overlaid(tree, nested(key, value))
     return tree
-
-
-def read_mapping(file: Path) -> dict[str, Any]:
-    """Read a YAML file that holds keys; an empty one holds none.
-
-    Raises:
-        UserError: not text, no YAML, or a list or value.
-    """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file}: {' '.join(str(error).split())}") from None
-    require(content is None or isinstance(content, dict), f"{file}: must hold keys, not a {type(content).__name__}")
-    return content or {}
 
 
 def named_files(tree: Any, root: Path) -> dict[str, str]:
