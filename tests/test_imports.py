@@ -22,7 +22,19 @@ ALLOWED = {
     "launch": {"errors", "units", "overlay", "provenance", "tracking", "planning"},
     "training": {"errors", "schedule", "model", "data", "tracking"},
     "callbacks": {"errors", "provenance", "schedule", "data", "model", "training", "planning", "tracking"},
-    "cli": {"errors", "units", "schedule", "model", "data", "tracking", "planning", "launch", "training", "callbacks"},
+    "cli": {
+        "errors",
+        "units",
+        "overlay",
+        "schedule",
+        "model",
+        "data",
+        "tracking",
+        "planning",
+        "launch",
+        "training",
+        "callbacks",
+    },
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -320,6 +320,8 @@ FAULTS = {
     "a wrong type": (["--model.optimizer.lr", "fast"], "model.optimizer.lr: Expected a float. Got value: fast"),
     "top_k too large": (["--model.transformer.moe.top_k", "9"], "top_k: must lie between 1 and n_experts (4), got 9"),
     "an unknown strategy": (["--trainer.strategy", "magic"], "trainer.strategy: magic is none"),
+    "a config that is a list": (["--config", "list.yaml"], "list.yaml: must hold keys, not a list"),
+    "a config not in UTF-8": (["--config", "latin.txt"], "latin.txt: is no YAML"),
     "a missing config": (["--config", "none.yaml"], "File does not exist"),
     "a missing text": (["--data.source.path", "none.txt"], "data.source.path: no such file"),
     "an empty text": (["--data.source.path", "empty.txt"], "data.source: there is no text in it"),
@@ -366,6 +368,7 @@ class Evil:
 def broken(project: Path, train: Train) -> None:
     folder = train("fit", "--run.name", "good", "--trainer.max_steps", "4")
     good = project / "good.ckpt"
+    (project / "list.yaml").write_text("- 1\n")
     shutil.copy(folder / "checkpoints/last.ckpt", good)
     (project / "cut.ckpt").write_bytes(good.read_bytes()[:-5000])
     torch.save({"state_dict": Evil()}, project / "evil.ckpt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -14,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from frugal.errors import UserError
+from frugal.overlay import read_mapping
 
 
 def base_for(path: str, args: list[str]) -> str:
@@ -72,15 +72,13 @@ def _keys(kind: Any, prefix: str) -> list[str]:
 
 
 def _overlays(args: list[str]) -> list[dict[str, Any]]:
-    """What the `--config` files among the arguments hold; those that cannot be read are the parser's to refuse."""
+    """What the `--config` files among the arguments hold; one that is not there is the parser's to refuse."""
     found = []
     for key, value in zip(args, [*args[1:], ""], strict=True):
         name, equals, own = key.partition("=")
         file = Path(own if equals else value)
         if name in ("-c", "--config") and file.is_file():
-            with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
-                content = yaml.safe_load(file.read_text(encoding="utf-8"))
-                found += [content] if isinstance(content, dict) else []
+            found.append(read_mapping(file))
     return found
 
 
