@@ -380,6 +380,15 @@ def test_a_faulty_study_is_refused(yaml_text: str, message: str, tmp_path: Path)
         read_study("nowhere.yaml")
 
 
+def test_a_study_lies_upon_another(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("question: q\nsteps: 9\noptions: {data: {x: 1}}\narms: [{name: a}]\n")
+    (tmp_path / "b.yaml").write_text("steps: 8\noptions: {data: {split: hash}}\n")
+    study = read_study(f"{tmp_path}/a.yaml+{tmp_path}/b.yaml")
+    assert study.steps == 8 and study.options == {"data": {"x": 1, "split": "hash"}} and study.question == "q"
+    with pytest.raises(UserError, match=r"study: no file c\.yaml"):
+        read_study(f"{tmp_path}/a.yaml+c.yaml")
+
+
 def test_runs_at_a_time_have_a_device_each(tmp_path: Path) -> None:
     free: SimpleQueue[str] = SimpleQueue()
     for device in ("0", "3"):

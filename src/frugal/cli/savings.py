@@ -22,7 +22,7 @@ def savings(
     """Run a savings study: what each technique needs to reach the same loss, on five cost axes, with a verdict.
 
     Args:
-        study: a file of configs/studies/.
+        study: a file of configs/studies/; a+b lays b upon a.
         out: folder for the runs and the report; finished runs in it are used, interrupted ones go on.
         steps: of the baseline, in place of the study's: a smaller or larger copy of it, with a folder of its own.
         seeds: how many of the study's seeds.
@@ -53,13 +53,13 @@ def savings(
     from frugal.tracking.run_folder import RunConfig
     from frugal.tracking.savings import compare
     from frugal.tracking.savings_report import markdown, write_report
-    from frugal.tracking.study import read_study
+    from frugal.tracking.study import read_study, study_files
     from frugal.tracking.study_runs import StudyRuns
 
     require(jobs > 0, f"jobs: must be positive, got {jobs}")
     require(Path("train.py").is_file(), "no train.py here: run from the project's root folder")
     wanted = read_study(study)
-    name = Path(study).stem
+    name = "_".join(file.stem for file in study_files(study))
     if seeds is not None:
         require(0 < seeds <= len(wanted.seeds), f"seeds: the study has {len(wanted.seeds)}, got {seeds}")
         wanted = replace(wanted, seeds=wanted.seeds[:seeds])

@@ -321,15 +321,24 @@ def _digest(file: Path, size: int, changed: int) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
+def study_files(path: str) -> list[Path]:
+    """The files that a study's path names."""
+    return [Path(part) for part in ([path] if Path(path).is_file() else path.split("+"))]
+
+
 def read_study(path: str) -> Study:
     """Read and check a study.
+
+    Args:
+        path: its file; of several joined by `+`, each lies upon those before it.
 
     Raises:
         UserError: no such file, an unknown key or a wrong type, named by key.
     """
-    file = Path(path)
-    require(file.is_file(), f"study: no file {path}")
-    content = read_mapping(file)
+    content: dict[str, Any] = {}
+    for file in study_files(path):
+        require(file.is_file(), f"study: no file {file}")
+        content = overlaid(content, read_mapping(file))
     require(bool(content), f"{path}: must hold a study's keys (question, steps, arms, ...)")
     # jsonargparse would build the classes that options name, so it sees a number in the place of each.
     kept: list[dict[str, Any]] = []
