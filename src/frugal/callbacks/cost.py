@@ -300,7 +300,8 @@ class CostMeter(pl.Callback):
         """The run's receipt: what `summary.json` and the closing card show."""
         self._lap()
         counts, seconds = pl_module.counts(), self.ledger.seconds
-        train_seconds = max(self.ledger.train_seconds, 1e-9)
+        # Speeds are those of steps and of waiting for their data: compiling is paid once, however long the run.
+        at_work = max(seconds["step"] + seconds["data_wait"], 1e-9)
         history = read_lines(RunFolder(Path(trainer.default_root_dir)).metrics)
         validations = [row for row in history if "val/loss" in row]
         best = min(validations, key=lambda row: row["val/loss"], default={})
@@ -329,9 +330,9 @@ class CostMeter(pl.Callback):
             "params_active": counts.active,
             "params_active_without_input_embedding": counts.active_without_input_embedding,
             "params_applied": counts.applied,
-            "tokens_per_second": self.ledger.tokens / train_seconds,
-            "wait_fraction": seconds["data_wait"] / train_seconds,
-            "mfu": self._mfu(self.ledger.flops / train_seconds, trainer.world_size),
+            "tokens_per_second": self.ledger.tokens / at_work,
+            "wait_fraction": seconds["data_wait"] / at_work,
+            "mfu": self._mfu(self.ledger.flops / at_work, trainer.world_size),
             "peak_tflops_measured": self.peak_flops / 1e12,
             "global_step": trainer.global_step,
             "validations": self.ledger.validations,

@@ -38,7 +38,7 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         ),
         (
             "speed",
-            f"{summary['tokens_per_second']:,.0f} tokens/s · MFU {summary['mfu']:.0%} of the "
+            f"{summary['tokens_per_second']:,.0f} tokens/s · MFU {_share(summary['mfu'])} of the "
             f"{summary['peak_tflops_measured'] * 1000:,.0f} GFLOP/s measured here"
             + (f" · goodput {good:.0%}" if (good := summary.get("goodput")) is not None else "")
             + (f" · {gib(memory)} at most" if (memory := summary.get("peak_memory_bytes")) else ""),
@@ -75,6 +75,11 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         # A young model may write control characters, which a terminal would obey.
         rows.append(("sample", "".join(c if c.isprintable() or c == "\n" else "·" for c in summary["sample"]).strip()))
     return rows + list(paths.items())
+
+
+def _share(value: float) -> str:
+    """Two digits, of a GPU that hardly works too."""
+    return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
 
 
 def _parts(summary: dict[str, Any]) -> str:
