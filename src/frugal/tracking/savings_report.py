@@ -60,18 +60,18 @@ def forest_figure(title: str, findings: Sequence[Finding], reference: str, margi
         panel.axvspan(1 / (1 + margin), 1 + margin, color="#DDDDDD", zorder=0)
         panel.axvline(1, color="black", linewidth=0.8, zorder=1)
         found = [row.ratios[group[0]] for row in rows]
-        ends = [v for r in found for v in (r.low, r.high, r.estimate) if 0.1 <= v <= 10]
+        # Estimates set the scale: an interval that tells little may run out of it, with an arrow.
+        ends = [v for r in found for v in (r.estimate, max(r.low, r.estimate / 1.3), min(r.high, r.estimate * 1.3))]
+        ends = [v for v in ends if 0.1 <= v <= 10]
         low, high = min([*ends, 0.8]) / 1.08, max([*ends, 1.25]) * 1.08
         for y, one in enumerate(found):
             _draw(panel, one, y, low, high)
         panel.set(
             xscale="log", xlim=(low, high), xlabel=" = ".join(LABELS[a] for a in group) + f"\n/ those of {reference}"
         )
-        between = (0.9, 1.1) if high < 2 * low else ()
-        ticks = [
-            t for t in (*between, 0.1, 0.2, 0.25, 0.33, 0.5, 0.7, 0.8, 1, 1.25, 1.5, 2, 3, 4, 6, 10) if low <= t <= high
-        ]
-        panel.set_xticks(ticks, [f"{t:g}" for t in ticks], rotation=45 if len(ticks) > 6 else 0)
+        fine = (0.8, 0.9, 1.1, 1.25, 1.5) if high < 2 * low else (0.8, 1.25, 1.5) if high < 4 * low else (0.3, 1.4)
+        ticks = [t for t in sorted((*fine, 0.1, 0.2, 0.5, 0.7, 1, 2, 3, 4, 6, 10)) if low <= t <= high]
+        panel.set_xticks(ticks, [f"{t:g}" for t in ticks], rotation=45 if len(ticks) > 7 else 0)
         panel.set_xticks([], minor=True)
         panel.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(rows)), [row.arm for row in rows])
