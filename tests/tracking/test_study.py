@@ -189,6 +189,19 @@ def test_what_a_failed_arm_leaves(tmp_path: Path) -> None:
     assert "| not known |" in markdown("s", STUDY, points, findings, [], {}, runs.failures)
 
 
+def test_a_search_that_is_cut_off_is_no_bound(tmp_path: Path) -> None:
+    slow = Arm("slow", options={"model": {"lr": 3.0}})  # reaches the target between 1.0 and 1.4 of the steps
+    study = Study("?", 1000, arms=[slow], seeds=[1, 2, 3])
+    for fail, seeds in (("slow_1400", {}), ("slow_1400_s2", {1, 3}), ("slow_9", {1, 2, 3})):
+        runs = StudyRuns("s", study, tmp_path / fail, start=fake_train([], fail=fail))
+        results = runs.all()
+        assert results["slow"].keys() == set(seeds) and bool(runs.failures) == (len(seeds) < 3)
+        points = {a: {s: [(r.length, r.point) for r in rs] for s, rs in found.items()} for a, found in results.items()}
+        (finding,) = compare(study, points)
+        verdicts = {r.verdict for r in finding.ratios.values()}
+        assert verdicts == {0: set(), 2: {"open"}, 3: {"costs"}}[len(seeds)]
+
+
 def test_runs_that_are_there_but_of_no_use(tmp_path: Path) -> None:
     study = Study("?", 1000, arms=[part("a")], seeds=[1], metric="val/typo")
     for _ in range(2):  # the second call finds the runs that the first has made

@@ -198,6 +198,7 @@ class StudyRuns:
     def search(self, arm: Arm, seed: int) -> list[Result]:
         """Runs around the target: from the arm's start to longer or shorter ones until the target lies between two.
 
+        None where one of them failed or was not made yet: a search that is cut off says nothing of what lies beyond.
         The baseline is searched like any other: where it has the loss of its full length earlier, that is what it
         needs.
         """
@@ -209,6 +210,8 @@ class StudyRuns:
             return []
         target = first.point.loss if self.study.target == "baseline" else float(self.study.target)
         found = self._around(arm, seed, target)
+        if not found:
+            return []
         # Controls of equal length, and the loss at the baseline's own length, are compared at full length.
         full = (
             self.result(arm, seed, 1.0)
@@ -224,14 +227,14 @@ class StudyRuns:
         while 0 <= at < len(lengths) and at not in found:
             result = self.result(arm, seed, lengths[at])
             if result is None:
-                return list(found.values())
+                return []
             found[at] = result
             at += -1 if result.point.loss <= target else 1
         at = min(found) - 1
         while at >= 0 and _shorter_may_do([found[i].point.loss for i in sorted(found)], target):
             result = self.result(arm, seed, lengths[at])
             if result is None:
-                break
+                return []
             found[at] = result
             at -= 1
         return list(found.values())
