@@ -132,6 +132,22 @@ def test_unlike_machines_are_named_each(tmp_path: Path) -> None:
     assert any("2 machines" in line for line in two)
 
 
+@pytest.mark.parametrize("jobs", [1, 2, 9])
+def test_what_is_compared_shares_its_hours(jobs: int, tmp_path: Path) -> None:
+    study = Study("?", 1000, arms=[part("a"), part("b")], seeds=[1, 2, 3], lengths=[1.0])
+    order = StudyRuns("s", study, tmp_path, start=None)._order(jobs)
+    assert sorted((arm.name, seed) for arm, seed in order) == [(a, s) for a in ("a", "b", "base") for s in (1, 2, 3)]
+    names = [f"{arm.name}{seed}" for arm, seed in order]
+    for seed in (1, 2, 3):
+        first = min(names.index(f"{arm}{seed}") for arm in ("a", "b"))
+        assert names.index(f"base{seed}") < first
+        if seed + jobs <= 3:  # a later baseline waits for its turn
+            assert names.index(f"base{seed + jobs}") > first
+    log: list[str] = []
+    StudyRuns("s", study, tmp_path, start=fake_train(log)).all(jobs)
+    assert len(log) == len(set(log)) == 9
+
+
 def test_a_second_start_makes_nothing_and_a_report_needs_no_run(tmp_path: Path) -> None:
     log: list[str] = []
     StudyRuns("s", STUDY, tmp_path, start=fake_train(log)).all()

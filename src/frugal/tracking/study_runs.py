@@ -251,7 +251,7 @@ class StudyRuns:
     def all(self, jobs: int = 1) -> dict[str, dict[int, list[Result]]]:
         """Every search of the study: results by arm and seed.
 
-        The baseline's come first, then seed by seed, so that arms share their hours.
+        Seed by seed, so that what is compared shares its hours: a machine is not as fast at noon as at night.
         """
         self.jobs = jobs
         with ThreadPoolExecutor(jobs) as pool:
@@ -259,10 +259,7 @@ class StudyRuns:
                 values = [(arm, tune, value) for arm in swept if (tune := arm.tune) for value in tune.grid]
                 list(pool.map(lambda v: self.result(v[0], v[1].seed, 1.0, {v[1].key: v[2]}), values))
                 list(map(self.tune, swept))
-            base = self.study.base
-            others = [arm for arm in self.arms.values() if arm is not base]
-            searches = [(base, seed) for seed in self.study.seeds]  # first, since all others wait for them
-            searches += [(arm, seed) for seed in self.study.seeds for arm in others]
+            searches = self._order(jobs)
 
             def one(search: tuple[Arm, int]) -> list[Result]:
                 before = self.made
@@ -279,6 +276,16 @@ class StudyRuns:
             if results:
                 table[arm.name][seed] = results
         return table
+
+    def _order(self, jobs: int) -> list[tuple[Arm, int]]:
+        """Searches as they begin: baselines lead by a seed for each run at a time, so that no arm waits for its own."""
+        base, seeds = self.study.base, self.study.seeds
+        others = [arm for arm in self.arms.values() if arm is not base]
+        order = [(base, seed) for seed in seeds[:jobs]]
+        for number, seed in enumerate(seeds):
+            order += [(arm, seed) for arm in others]
+            order += [(base, later) for later in seeds[number + jobs : number + jobs + 1]]
+        return order
 
     def there(self) -> list[str]:
         """Names of the arms that have a run, and the sweep that it needs; for one that starts nothing."""
