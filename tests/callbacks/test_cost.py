@@ -11,6 +11,7 @@ from frugal.callbacks.cost import CostMeter
 from frugal.callbacks.ledger import PARTS
 from frugal.callbacks.matmul_peak import measure_matmul_peak
 from frugal.errors import UserError
+from frugal.planning.hardware import choose_hardware
 from frugal.tracking.run_folder import read_lines
 
 TABLE = str(Path(__file__).parents[2] / "configs" / "hardware.yaml")
@@ -143,3 +144,16 @@ def test_a_start_that_nothing_counted_costs_what_was_drawn_at_its_end(
     meter._phase = "step"
     meter._lap()
     assert meter.ledger.train_joules == meter.ledger.joules_measured == 9.0
+
+
+@pytest.mark.parametrize(("row", "joules"), [("h100-80gb", 1000 - 50 * 6), ("cpu", 1000 * 4 / 10)])
+def test_joules_of_compiling_are_none_of_training(row: str, joules: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds and 1,000 J of a step, six seconds of them compiling: a GPU waits (at 50 W), a CPU works on."""
+    meter = CostMeter()
+    meter.row, meter._waiting, meter._phase = choose_hardware(meter.rows, "", row), 50.0, "step"
+    meter._counters = [SimpleNamespace(joules=lambda: 1000.0)]  # type: ignore[list-item]
+    monkeypatch.setattr("frugal.callbacks.cost.time.perf_counter", lambda: 10.0)
+    monkeypatch.setattr("frugal.callbacks.cost.compile_seconds", lambda: 6.0)
+    meter._lap()
+    assert meter.ledger.seconds["compile"] == 6.0 and meter.ledger.seconds["step"] == 4.0
+    assert meter.ledger.train_joules == pytest.approx(joules) and meter.ledger.joules == 1000.0

@@ -103,8 +103,9 @@ class CostMeter(pl.Callback):
         self._pay(whole, measured if watts is None else None, watts or 0.0)
         if self._phase == "step":
             spent = self.ledger.joules - before
-            # A GPU waits while its kernels are compiled; where nothing measures, every second costs the same.
-            idle = self._waiting if measured is not None else spent / max(whole, 1e-9)
+            # A GPU waits while its kernels are compiled, a CPU compiles; where nothing measures, seconds cost alike.
+            waits = measured is not None and not (self.row is not None and self.row.per_core)
+            idle = self._waiting if waits else spent / max(whole, 1e-9)
             self.ledger.train_joules += max(spent - idle * shares["compile"], 0.0)
 
     def _pay(self, seconds: float, measured: float | None = None, watts: float = 0.0) -> None:
