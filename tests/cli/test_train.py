@@ -316,6 +316,14 @@ def test_another_checkpoint_than_last_begins_a_new_run(train: Train) -> None:
 
 FAULTS = {
     "a misspelt key": (["--model.transformer.d_modell", "8"], "model.transformer.d_modell: there is no such key"),
+    "the beginning of a key": (
+        ["--trainer.max_step", "1"],
+        "trainer.max_step: there is no such key",
+    ),
+    "the beginning of a class's key": (
+        ["--model.transformer.n_layer", "1"],
+        "did you mean model.transformer.n_layers?",
+    ),
     "a misspelt key in an overlay": (["--config", "typo.yaml"], "did you mean trainer.max_steps?"),
     "a wrong type": (["--model.optimizer.lr", "fast"], "model.optimizer.lr: Expected a float. Got value: fast"),
     "top_k too large": (["--model.transformer.moe.top_k", "9"], "top_k: must lie between 1 and n_experts (4), got 9"),

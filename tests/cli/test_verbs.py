@@ -41,7 +41,8 @@ def test_generate_refuses_in_one_line(train: Callable[..., Path], capsys: pytest
         (checkpoint, "--temperature", "-1"): "temperature: must not be negative",
         (checkpoint, "--prompt", "lord " * 30): "leave no room; the model reads 16",
         (checkpoint, "second"): "unexpected argument 'second'",
-        (checkpoint, "--promt", "x"): "promt: there is no such key",
+        (checkpoint, "--promt", "x"): "promt: there is no such key; did you mean prompt?",
+        (checkpoint, "--temp", "1"): "temp: there is no such key",
     }.items():
         with pytest.raises(SystemExit) as stopped:
             main(["generate", *args])

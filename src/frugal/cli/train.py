@@ -47,6 +47,13 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 OPTIONS: set[str] = set()  # names of all options, filled by the parser, for suggestions
 
 
+class WholeNames(LightningArgumentParser):
+    """Takes no beginning of an option for the option: `n_layer` is a misspelt key. Classes get such parsers, too."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+
 class FrugalCLI(LightningCLI):
     """Adds to LightningCLI: the run's folder, W&B and file loggers, named callbacks, one-line errors."""
 
@@ -338,6 +345,7 @@ def _start(kind: type[FrugalCLI], args: list[str] | None) -> FrugalCLI:
         save_config_callback=None,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
+        parser_class=WholeNames,
         parser_kwargs={**options, **{s: {**options, "default_config_files": [base]} for s in SUBCOMMANDS}},
         args=args,
     )

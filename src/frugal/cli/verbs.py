@@ -78,17 +78,22 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
 }
 
 
+def verb_of(arguments: list[str]) -> Callable[..., None] | None:
+    """The verb that a command line begins with."""
+    group = GROUPS.get(arguments[0]) if arguments else None
+    return (group or VERBS).get("".join(arguments[1:2] if group else arguments[:1]))
+
+
 def spell_out(arguments: list[str]) -> list[str]:
     """Write what users type as jsonargparse wants it.
 
     `--json` of a boolean becomes `--json=true`, `--seeds 1 2` of a list `--seeds=[1, 2]`, positional words of a list
     one word; what stands behind `--` becomes the list `options`.
     """
-    group = GROUPS.get(arguments[0], {}) if arguments else {}
-    depth = 2 if group else 1
-    verb = (group.get(arguments[1]) if len(arguments) > 1 else None) if group else VERBS.get((arguments or [""])[0])
+    verb = verb_of(arguments)
     if verb is None:
         return arguments
+    depth = 2 if arguments[0] in GROUPS else 1
     kinds = {p.name: (str(p.annotation), p.default) for p in inspect.signature(verb).parameters.values()}
     lists = {name for name, (kind, _) in kinds.items() if kind.startswith("list[")}
     cut = arguments.index("--") if "--" in arguments and "options" in lists else len(arguments)
@@ -130,6 +135,7 @@ def main(args: list[str] | None = None) -> None:
         prog="frugal",
         description="Tools around a training run; training itself is `python train.py fit`.",
         exit_on_error=False,
+        allow_abbrev=False,  # its subcommands do as it does
     )
     commands = parser.add_subcommands(dest="verb")
 
@@ -147,8 +153,10 @@ def main(args: list[str] | None = None) -> None:
         subcommands = parser_of_group.add_subcommands(dest="what")
         for name, function in verbs.items():
             add(subcommands, name, function)
-    with one_line_errors():
-        arguments = spell_out(args if args is not None else sys.argv[1:])
+    given = sys.argv[1:] if args is None else args
+    verb = verb_of(given)
+    with one_line_errors(inspect.signature(verb).parameters if verb else ()):
+        arguments = spell_out(given)
         if not arguments:
             parser.print_help()
             return
