@@ -17,7 +17,7 @@ ALLOWED = {
     "schedule": {"errors"},
     "model": {"errors"},
     "data": {"errors", "schedule"},
-    "tracking": {"errors", "units", "overlay"},
+    "tracking": {"errors", "units", "overlay", "provenance"},
     "planning": {"errors", "units", "overlay", "model.config", "model.vision_config"},
     "launch": {"errors", "units", "overlay", "provenance", "tracking", "planning"},
     "training": {"errors", "schedule", "model", "data", "tracking"},

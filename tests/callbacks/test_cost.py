@@ -117,6 +117,20 @@ def test_compiling_has_an_account_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     assert spent == {"step": 5.0, "data_wait": 1.0, "compile": 5.0, "validation": 2.0, "checkpoint": 0.5}
 
 
+@pytest.mark.parametrize(("worked", "training"), [(3.0, 3.0), (9.5, 4.0)])
+def test_compiling_is_no_processor_time_of_training(
+    monkeypatch: pytest.MonkeyPatch, worked: float, training: float
+) -> None:
+    """Six of ten seconds compiling, mostly in the compiler's own process or all in this one."""
+    meter = CostMeter(hardware_file=TABLE)
+    meter._phase = "step"
+    monkeypatch.setattr("frugal.callbacks.cost.compile_seconds", lambda: 6.0)
+    monkeypatch.setattr("frugal.callbacks.cost.time.perf_counter", lambda: 10.0)
+    monkeypatch.setattr("frugal.callbacks.cost.time.process_time", lambda: worked)
+    meter._lap()
+    assert meter.ledger.train_cpu_seconds == training and meter.ledger.seconds["compile"] == 6.0
+
+
 def test_measured_energy_replaces_the_estimate() -> None:
     meter = CostMeter(hardware_file=TABLE, hardware="cpu")
     meter.row, meter.units, meter.nodes = meter.rows[0], 2, 3

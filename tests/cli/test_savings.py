@@ -96,6 +96,7 @@ def test_a_study_runs_reports_and_is_not_run_twice(
     main([*command, "--arms", "wide"])
     shown = capsys.readouterr().out
     assert "# Savings study: small" in shown and "| wide | **" in shown
+    assert "Target, margin, lengths and seeds were declared before the first run." in shown
     before = list(in_process)
     assert 4 <= len(before) == len(set(before)) <= 8
     main([*command, "--arms", "wide", "--report_only"])
@@ -112,6 +113,9 @@ def test_a_study_runs_reports_and_is_not_run_twice(
     kept = json.loads((project / "out/small/small.json").read_text())
     told = "\n".join(kept["conditions"])
     assert "1 run(s) of the study at a time." in told and "Code: " in told and "Software: python 3" in told
+    assert kept["conditions"][0].startswith("Target, margin") and "Of the declared seeds" not in told
+    main([*command, "--arms", "wide", "--seeds", "1", "--report_only"])
+    assert "Of the declared seeds [1, 2] only [1]." in capsys.readouterr().out
     (last,) = [run for run in kept["runs"]["base"]["1"] if run["share"] == 1]
     assert last.keys() == {"share", "loss", "tokens", "flops", "seconds", "joules", "dollars"} and last["tokens"] > 0
 

@@ -16,10 +16,12 @@ import pytest
 import yaml
 
 from frugal.errors import UserError
+from frugal.provenance import source
 from frugal.tracking.processes import start_process
-from frugal.tracking.run_costs import conditions, costs_of
-from frugal.tracking.savings import compare, recipe_effects
+from frugal.tracking.run_costs import Result, conditions, costs_of, how_measured
+from frugal.tracking.savings import compare, is_flat, recipe_effects
 from frugal.tracking.savings_report import forest_figure, markdown, write_report
+from frugal.tracking.statistics import Point
 from frugal.tracking.study import Arm, Equal, Study, Tune, read_study, run_spec
 from frugal.tracking.study_runs import StudyRuns
 
@@ -129,7 +131,7 @@ def test_unlike_machines_are_named_each(tmp_path: Path) -> None:
     summary |= {"device": "NVIDIA H100", "assumption": "h100: 700 W"}
     two = conditions(runs)
     assert sum(line.startswith("Machine:") for line in two) == 2 and "Machine: h100: 700 W" in two[1]
-    assert any("2 machines" in line for line in two)
+    assert any("in 2 ways" in line for line in two)
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 9])
@@ -218,13 +220,113 @@ def test_a_search_that_is_cut_off_is_no_bound(tmp_path: Path) -> None:
         assert verdicts == {0: set(), 2: {"open"}, 3: {"costs"}}[len(seeds)]
 
 
+Results = dict[str, dict[int, list[Result]]]
+
+
+def points_of(results: Results) -> dict[str, dict[int, list[tuple[float, Point]]]]:
+    return {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
+
+
+def test_a_sweep_that_lost_a_run_leaves_its_arms_open(tmp_path: Path) -> None:
+    base = Arm("base", tune=Tune("model.lr", [0.4, 1.0, 3.0]))
+    study = Study("?", 1000, base=base, arms=[Arm("same", tune=Tune("model.lr", [0.4, 1.0, 3.0], seed=77))])
+    lost = run_spec(study, base, 9001, 1000, {"base": {"model.lr": 1.0}}).name
+    runs = StudyRuns("s", study, tmp_path, start=fake_train([], fail=lost))
+    points = points_of(runs.all())
+    assert runs.tuned == {"base": {"model.lr": 0.4}, "same": {"model.lr": 1.0}}
+    (finding,) = compare(study, points, runs.sweeps)
+    assert finding.ratios["flops"].estimate < 0.8 and finding.ratios["flops"].verdict == "open"
+    assert finding.note == "a run of base's sweep failed; base's best value, 0.4, is its grid's first"
+
+
+def test_unlike_measurement_makes_no_ratio(tmp_path: Path) -> None:
+    study = Study("?", 1000, arms=[Arm("a", options={"model": {"lr": 1.1}})], seeds=[1, 2])
+    results = StudyRuns("s", study, tmp_path, start=fake_train([])).all()
+    (finding,) = compare(study, points_of(results))
+    assert finding.ratios.keys() == {"tokens", "flops", "seconds", "joules", "dollars"} and not finding.note
+    for change, gone in (
+        ({"device": "NVIDIA H100"}, {"seconds", "joules", "dollars"}),
+        ({"threads": 2}, {"seconds", "joules", "dollars"}),
+        ({"assumption": "cpu: 20 W"}, {"joules", "dollars"}),
+        ({"source": "abc"}, set()),
+    ):
+        other = {seed: [replace(r, summary=r.summary | change) for r in rs] for seed, rs in results["a"].items()}
+        (finding,) = compare(study, points_of({**results, "a": other}))
+        assert {"tokens", "flops", "seconds", "joules", "dollars"} - finding.ratios.keys() == gone, change
+        assert ("unlike ways" in finding.note) == bool(gone) and ("unlike code" in finding.note) == ("source" in change)
+
+
+def test_processes_that_read_ahead_are_paid_for_by_the_clock() -> None:
+    """An estimate of energy has all cores at full power, so it cannot tell a core that reads ahead from an idle one."""
+    summary: dict[str, Any] = {"device": "cpu", "threads": 1, "train_cpu_seconds": 1.0, "assumption": "cpu: 10 W"}
+    alone, ahead = how_measured(summary), how_measured(summary | {"workers": 2})
+    assert alone["seconds"].endswith("processor") and ahead["seconds"].endswith("clock")
+    del summary["train_cpu_seconds"]  # as a study by the clock does
+    alone, ahead = how_measured(summary), how_measured(summary | {"workers": 2})
+    assert alone["seconds"] == ahead["seconds"] and alone["dollars"] == ahead["dollars"]
+    assert alone["joules"] != ahead["joules"]
+
+
+def test_a_flat_baseline_is_told() -> None:
+    def points(slope: float) -> dict[str, dict[int, list[tuple[float, Point]]]]:
+        losses = {1: 0.01, 2: -0.01, 3: 0.0}
+        return {"base": {s: [(0.7, Point(1 + d + slope, {})), (1.0, Point(1 + d, {}))] for s, d in losses.items()}}
+
+    study = Study("?", 1000, arms=[Arm("a")])
+    assert is_flat(study, points(0.005)) and not is_flat(study, points(0.05))
+    costs = {"flops": 1.0, "seconds": 1.0}
+    told = {
+        slope: {arm: {s: [(share, replace(p, costs=costs)) for share, p in ps] for s, ps in seeds.items()}}
+        for slope in (0.005, 0.05)
+        for arm, seeds in points(slope).items()
+    }
+    said = {slope: markdown("s", study, found, [], [], {}, {}) for slope, found in told.items()}
+    assert "hardly depends on its length" in said[0.005] and "hardly" not in said[0.05]
+
+
+def test_a_run_counts_if_it_has_done_all_its_steps(tmp_path: Path) -> None:
+    """Whatever it ended with, and the same at the second call."""
+    study, made = Study("?", 1000, arms=[part("a")], seeds=[1, 2]), fake_train([])
+
+    def start(command: list[str], log_file: Path) -> int:
+        made(command, log_file)
+        log_file.write_text("OSError: no space for a picture\n")
+        return 1
+
+    for _ in range(2):
+        runs = StudyRuns("s", study, tmp_path, start=start)
+        assert set(runs.all()["a"]) == {1, 2} and not runs.failures
+
+
+def test_runs_of_other_code_are_counted(tmp_path: Path) -> None:
+    study = Study("?", 1000, arms=[part("a")], seeds=[1])
+    runs = StudyRuns("s", study, tmp_path, start=fake_train([]))
+    runs.all()
+    assert runs.of_other_code == 0
+    for number, file in enumerate(sorted(tmp_path.glob("runs/*/id/summary.json"))):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"source": source() if number else "other"}))
+    runs = StudyRuns("s", study, tmp_path, start=fake_train([]))
+    runs.all()
+    assert runs.of_other_code == 1 and runs.made == 0
+
+
+def test_a_baseline_whose_search_begins_with_a_shorter_run_has_its_full_one(tmp_path: Path) -> None:
+    study = Study("?", 1000, base=Arm("base", start=0.5), arms=[part("a")], seeds=[1, 2], target=1.1)
+    results = StudyRuns("s", study, tmp_path, start=fake_train([])).all()
+    assert all(1.0 in [r.length for r in rs] for rs in results["base"].values())
+    assert compare(replace(study, target="baseline"), points_of(results))
+
+
 def test_runs_that_are_there_but_of_no_use(tmp_path: Path) -> None:
     study = Study("?", 1000, arms=[part("a")], seeds=[1], metric="val/typo")
     for _ in range(2):  # the second call finds the runs that the first has made
         runs = StudyRuns("s", study, tmp_path, start=fake_train(log := []))
         assert runs.all() == {"base": {}, "a": {}} and list(runs.failures)
     assert not log and "no finite val/typo" in " ".join(runs.failures.values())
-    for damage in ('{"seconds": ', "{}"):
+    nothing = next(tmp_path.glob("runs/base*/id/summary.json")).read_text().replace('"flops": ', '"flops": 0, "a": ')
+    next(tmp_path.glob("runs/base*/id/summary.json")).with_name("study.json").write_text("")
+    StudyRuns("s", replace(study, metric="val/bits_per_byte"), tmp_path, start=fake_train([])).all()
+    for damage in ('{"seconds": ', "{}", nothing, nothing.replace('"flops": 0', '"flops": null')):
         next(tmp_path.glob("runs/base*/id/summary.json")).write_text(damage)
         with pytest.raises(UserError, match=r"summary\.json: damaged; remove its folder"):
             StudyRuns("s", replace(study, metric="val/bits_per_byte"), tmp_path, start=fake_train([])).all()
@@ -347,8 +449,10 @@ def test_seconds_of_several_threads_are_the_clock_s_and_compiling_is_no_training
         **{"flops": 1.0, "joules": 360.0, "dollars": 36.0},
     }
     one = costs_of(summary)
-    assert one["seconds"] == pytest.approx(28 - 10 + 2) and one["dollars"] == pytest.approx(20)
-    assert costs_of({**summary, "threads": 2})["seconds"] == pytest.approx(30 - 10 + 2)
+    # Processor seconds hold no compiling: the meter has left it out.
+    assert one["seconds"] == pytest.approx(28 + 2) and one["dollars"] == pytest.approx(30)
+    for others in ({"threads": 2}, {"workers": 2}):  # nor what processes that read ahead have done
+        assert costs_of({**summary, **others})["seconds"] == pytest.approx(30 - 10 + 2)
 
 
 def test_a_control_of_equal_flops_has_that_length(tmp_path: Path) -> None:
@@ -396,6 +500,9 @@ def test_shares_follow_the_length_and_validation_comes_once() -> None:
             "question: q\nsteps: 9\narms: [{name: a}, {name: b, equal: {arm: a}}]\n",
             "b: no arm names it among its controls",
         ),
+        ("question: q\nsteps: 10\ntarget: .nan\narms: [{name: a}]\n", "target: must be baseline or a value of val/"),
+        ("question: q\nsteps: 10\narms: [{name: a, options: null}]\n", "arms: a: options: must hold keys, got None"),
+        ("question: q\nsteps: 10\noptions: null\narms: [{name: a}]\n", "options: must hold keys, got None"),
         ("- 1\n", "s.yaml: must hold keys, not a list"),
         ("", "must hold a study's keys"),
         ("arms: [\n", "s.yaml: is no YAML"),

@@ -86,8 +86,8 @@ class CostMeter(pl.Callback):
         `watts` is what the machine drew before anything counted, zero where nothing tells.
         """
         now, cpu = time.perf_counter(), time.process_time()
-        whole = seconds = now - self._mark
-        self.ledger.train_cpu_seconds += cpu - self._cpu_mark if self._phase == "step" else 0.0
+        whole, worked = now - self._mark, cpu - self._cpu_mark
+        seconds = whole
         self._mark, self._cpu_mark = now, cpu
         apart = {"compile": compile_seconds()}
         if self._phase == "step":
@@ -102,6 +102,8 @@ class CostMeter(pl.Callback):
         before = self.ledger.joules
         self._pay(whole, measured if watts is None else None, watts or 0.0)
         if self._phase == "step":
+            # How much of it this process and how much the compiler's own took, nothing tells: at most the rest is work.
+            self.ledger.train_cpu_seconds += min(worked, whole - shares["compile"]) if shares["compile"] else worked
             spent = self.ledger.joules - before
             # A GPU waits while its kernels are compiled, a CPU compiles; where nothing measures, seconds cost alike.
             waits = measured is not None and not (self.row is not None and self.row.per_core)
@@ -320,6 +322,7 @@ class CostMeter(pl.Callback):
             "seconds_by_part": dict(seconds),
             "train_cpu_seconds": self.ledger.train_cpu_seconds,
             "threads": torch.get_num_threads(),
+            "workers": int(getattr(trainer.datamodule, "num_workers", 0)),
             "wall_seconds": self.ledger.wall_seconds,
             "goodput": self.ledger.goodput,
             "lost": dict(self.ledger.lost),
@@ -335,6 +338,7 @@ class CostMeter(pl.Callback):
             "wait_fraction": seconds["data_wait"] / at_work,
             "mfu": self._mfu(self.ledger.flops / at_work, trainer.world_size),
             "peak_tflops_measured": self.peak_flops / 1e12,
+            "peak_given": self.given_peak is not None,
             "global_step": trainer.global_step,
             "validations": self.ledger.validations,
             "peak_memory_bytes": self.ledger.peak_bytes,

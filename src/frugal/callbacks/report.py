@@ -19,7 +19,7 @@ from frugal.callbacks.routing import RoutingMonitor
 from frugal.callbacks.samples import TextSamples
 from frugal.data.curation.report import TABLE, table
 from frugal.data.curation.stage import REPORT_FILES
-from frugal.provenance import commit, versions
+from frugal.provenance import commit, source, versions
 from frugal.tracking.card import print_card
 from frugal.tracking.plots import draw_run
 from frugal.tracking.run_folder import RunFolder, write_json
@@ -36,6 +36,11 @@ class RunReport(pl.Callback):
     def __init__(self) -> None:
         self._trained = False
         self._test: dict[str, float] = {}
+        self._code: dict[str, str] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Note which code runs: its files may have changed by the end."""
+        self._code = {"code": commit(), "source": source()}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Say where a resumed run stands."""
@@ -76,7 +81,7 @@ class RunReport(pl.Callback):
         summary["router"] = callbacks[RoutingMonitor].last or None
         summary["sample"] = callbacks[TextSamples].last
         summary["data_seconds_by_stage"] = getattr(trainer.datamodule, "seconds_by_stage", None)
-        summary |= {"code": commit(), "versions": versions()}
+        summary |= {**self._code, "versions": versions()}
         write_json(folder.summary, summary, indent=2)
         pictures = draw_run(folder, pl_module.unit)
         curation = _copy_curation(trainer, folder)

@@ -47,6 +47,7 @@ def savings(
     from queue import SimpleQueue
 
     from frugal.errors import UserError, require
+    from frugal.tracking.declared import declare, said_of_declaration
     from frugal.tracking.processes import SIGNALS, STOPPED, start_process
     from frugal.tracking.receipts import result_of, write_result
     from frugal.tracking.run_costs import conditions
@@ -59,14 +60,15 @@ def savings(
     require(jobs > 0, f"jobs: must be positive, got {jobs}")
     require(Path("train.py").is_file(), "no train.py here: run from the project's root folder")
     wanted = read_study(study)
-    name = "_".join(file.stem for file in study_files(study))
+    declared, name = wanted, "_".join(file.stem for file in study_files(study))
     if seeds is not None:
         require(0 < seeds <= len(wanted.seeds), f"seeds: the study has {len(wanted.seeds)}, got {seeds}")
         wanted = replace(wanted, seeds=wanted.seeds[:seeds])
     if arms:
         wanted = replace(wanted, only=arms)
     if steps is not None and steps != wanted.steps:
-        wanted, name = replace(wanted, steps=steps), f"{name}_{steps}_steps"
+        wanted, declared = replace(wanted, steps=steps), replace(declared, steps=steps)
+        name = f"{name}_{steps}_steps"
     folder = Path(out).resolve() / name
     folder.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -91,6 +93,8 @@ def savings(
         found = bool(words and shutil.which(words[0]))
         require(found, f"launcher: there is no program {words[0] if words else repr(launcher)} here")
         start = partial(start_process, launcher=words)
+    if start:
+        declare(folder, declared, study_files(study))
     runs = StudyRuns(name, wanted, folder, wandb, start, restarts=RESTARTS if launcher else 0)
     earlier: dict[int, Any] = {number: signal.signal(number, runs.stop) for number in SIGNALS}
     earlier[signal.SIGINT] = signal.signal(signal.SIGINT, runs.interrupt)
@@ -112,8 +116,8 @@ def savings(
         report = StudyRuns(name, wanted, folder, wandb, None)
         results, sweeps = report.all(), report.sweeps
     points = {arm: {s: [(r.length, r.point) for r in rs] for s, rs in seeds.items()} for arm, seeds in results.items()}
-    findings = compare(wanted, points)
-    said = conditions(results)
+    findings = compare(wanted, points, sweeps)
+    said = [*said_of_declaration(folder, declared, wanted.seeds), *conditions(results)]
     text = markdown(name, wanted, points, findings, said, sweeps, runs.failures)
     paths = write_report(folder, name, wanted, points, findings, text)
     write_result(result_of(name, wanted, findings, said, sweeps, points), folder / f"{name}.json")
@@ -125,6 +129,12 @@ def savings(
         )
     print(text.split("## The runs")[0].strip())
     print(f"\nwritten to {', '.join(str(path) for path in paths.values())}")
+    if runs.of_other_code:
+        print(
+            f"{name}: {runs.of_other_code} run(s) were made by other code than this; to make them again, remove "
+            f"{folder / 'runs'}",
+            file=sys.stderr,
+        )
     if runs.failures:
         failed = "; ".join(f"{run}: {why}" for run, why in runs.failures.items())
         print(f"{name}: {len(runs.failures)} run(s) failed ({failed}); see {folder / 'overlays'}", file=sys.stderr)

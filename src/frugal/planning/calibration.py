@@ -71,8 +71,7 @@ def training_seconds(summary: dict[str, Any]) -> float:
     seconds = float(parts["step"] + parts["data_wait"])
     busy = summary.get("train_cpu_seconds")
     if summary.get("device") == "cpu" and busy and summary["threads"] == 1:
-        # Compiling is processor time, too, but no step.
-        seconds = min(seconds, max(busy - parts["compile"], 1e-9))
+        seconds = min(seconds, busy)
     return seconds
 
 

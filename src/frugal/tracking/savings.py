@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from frugal.tracking.statistics import Point, Ratio, Reach, ratio, reach, t_interval
-from frugal.tracking.study import AXES, Study
+from frugal.tracking.study import AXES, Arm, Study
 
 Points = Mapping[str, Mapping[int, Sequence[tuple[float, Point]]]]  # by arm and seed: (share of the steps, point)
+
+
+Sweeps = Mapping[str, Mapping[float, float]]  # by arm and value: loss
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,17 @@ def needs(points: Sequence[tuple[float, Point]], target: float) -> Reach:
     return reach([point for _, point in sorted(points, key=lambda pair: pair[0])], target)
 
 
-def compare(study: Study, points: Points) -> list[Finding]:
+def compare(study: Study, points: Points, sweeps: Sweeps | None = None) -> list[Finding]:
     """Every arm against the baseline, then every technique against its controls.
 
     Seeds for which a side has no run are left out and counted in the note: those that are left may be the lucky ones,
-    so they decide nothing, and the verdict is `open`.
+    so they decide nothing, and the verdict is `open`. It is so, too, where a run of a side's sweep failed: the value
+    that it would have had may be the best one. Costs that were measured in unlike ways make no ratio.
+
+    Args:
+        study: what was declared.
+        points: the finished runs.
+        sweeps: by arm, the loss of each value that its sweep tried; infinite for one whose run failed.
     """
     base = study.base.name
     targets = {
@@ -59,20 +68,43 @@ def compare(study: Study, points: Points) -> list[Finding]:
         mine, theirs = points.get(arm, {}), points.get(reference, {})
         seeds = [seed for seed in study.seeds if seed in mine and seed in theirs and seed in targets]
         lost = len(study.seeds) - len(seeds)
-        note = f"{lost} of {len(study.seeds)} seeds without a result" if lost else ""
+        notes = [f"{lost} of {len(study.seeds)} seeds without a result"] if lost else []
+        open_, said = _said_of_sweeps([arms[arm], arms[reference], study.base], sweeps or {})
+        notes += said
         if not seeds:
-            findings.append(Finding(arm, reference, {}, None, note))
+            findings.append(Finding(arm, reference, {}, None, "; ".join(notes)))
             continue
+        used = [point for side in (mine, theirs) for seed in seeds for _, point in side[seed]]
+        if len({point.code for point in used}) > 1:
+            notes.append("runs of unlike code")
         ratios: dict[str, Ratio] = {}
         if not arms[reference].equal:
             my = [needs(mine[seed], targets[seed]) for seed in seeds]
             their = [needs(theirs[seed], targets[seed]) for seed in seeds]
             known = [axis for axis in AXES if not any(math.isnan(r.costs[axis]) for r in (*my, *their))]
-            ratios = {axis: ratio(my, their, axis, study.margin) for axis in known}
-            if lost:
+            unlike = [axis for axis in known if len({point.how.get(axis) for point in used}) > 1]
+            if unlike:
+                notes.append(f"{' and '.join(unlike)} were measured in unlike ways")
+            ratios = {axis: ratio(my, their, axis, study.margin) for axis in known if axis not in unlike}
+            if lost or open_:
                 ratios = {axis: replace(r, verdict="open" if r.seeds > 1 else r.verdict) for axis, r in ratios.items()}
-        findings.append(Finding(arm, reference, ratios, _loss_difference(mine, theirs, seeds), note))
+        findings.append(Finding(arm, reference, ratios, _loss_difference(mine, theirs, seeds), "; ".join(notes)))
     return findings
+
+
+def _said_of_sweeps(sides: Sequence[Arm], sweeps: Sweeps) -> tuple[bool, list[str]]:
+    """Whether a run failed in a sweep that one of the sides rests on; and this, and which best values are no middle."""
+    names = dict.fromkeys(name for arm in sides for name in (arm.name, *arm.tuned_by) if name in sweeps)
+    failed, said = False, []
+    for name in names:
+        losses = sweeps[name]
+        best, values = min(losses, key=lambda value: losses[value]), list(losses)
+        if not all(map(math.isfinite, losses.values())):
+            failed = True
+            said.append(f"a run of {name}'s sweep failed")
+        if best in (values[0], values[-1]):
+            said.append(f"{name}'s best value, {best:g}, is its grid's {'first' if best == values[0] else 'last'}")
+    return failed, said
 
 
 def _loss_difference(mine: Any, theirs: Any, seeds: Sequence[int]) -> tuple[float, float, float] | None:
@@ -121,6 +153,21 @@ def earlier(study: Study, points: Points) -> dict[int, float]:
         if short:
             found[seed] = min(short)
     return found
+
+
+def is_flat(study: Study, points: Points) -> bool:
+    """Whether the baseline's loss changes less from its full length to the next one than from seed to seed.
+
+    Then what reaches it, and at which length, is chance: the costs depend on where a search begins.
+    """
+    changes = []
+    for runs in points.get(study.base.name, {}).values():
+        losses = dict(runs)
+        others = sorted((abs(math.log(share)), share) for share in losses if share != 1.0)
+        if 1.0 in losses and others:
+            changes.append(losses[others[0][1]].loss - losses[1.0].loss)
+    noise = seed_noise(points, study.base.name)
+    return bool(changes and noise) and abs(statistics.fmean(changes)) < (noise or 0.0)
 
 
 def seed_noise(points: Points, arm: str) -> float | None:

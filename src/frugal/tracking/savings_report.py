@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal.tracking.plots import new_figure
-from frugal.tracking.savings import Finding, Points, earlier, recipe_effects, seed_noise
+from frugal.tracking.savings import Finding, Points, earlier, is_flat, recipe_effects, seed_noise
 from frugal.tracking.statistics import Ratio
 from frugal.tracking.study import AXES, Study
 
@@ -150,7 +150,7 @@ def markdown(
     lines = [f"# Savings study: {name}", "", study.question, ""]
     lines += [
         f"Target: {target}. Baseline: {study.steps:,} steps. {len(study.seeds)} paired seeds. "
-        f"Margin: {study.margin:.0%}. Declared before the runs, in `{name}.yaml`.",
+        f"Margin: {study.margin:.1%}.".replace(".0%", "%"),
         f"Lengths an arm could be run at, as shares of {study.steps:,} steps, each with a schedule of its own: "
         + ", ".join(f"{length:g}" for length in study.lengths)
         + ".",
@@ -158,6 +158,11 @@ def markdown(
     if sooner := earlier(study, points):
         said = ", ".join(f"seed {seed}: {share:g}" for seed, share in sooner.items())
         lines.append(f"The baseline has this loss earlier, and that is its cost (shares of its steps: {said}).")
+    if is_flat(study, points):
+        lines.append(
+            "The baseline's loss hardly depends on its length here, less than on the seed: what reaches it, and when, "
+            "is chance. Read the losses at full length, not the ratios."
+        )
     if noise is not None:
         lines.append(f"Standard deviation of the baseline's loss over the seeds: {noise:.4f} {unit}.")
     lines += ["", *conditions, "", f"![ratios of costs]({name}.png)", ""]

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Bound = Literal["exact", "at least", "at most", "either"]
@@ -56,10 +56,16 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
 
 @dataclass(frozen=True)
 class Point:
-    """A finished run: its final validation loss and what it spent, by cost axis."""
+    """A finished run: its final validation loss and what it spent, by cost axis.
+
+    `how` says by axis how the cost was measured, where that can differ: unlike costs make no ratio. `code` is a digest
+    of the code that ran.
+    """
 
     loss: float
     costs: Mapping[str, float]
+    how: Mapping[str, str] = field(default_factory=dict)
+    code: str | None = None
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class Arm:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.name):
             raise UserError(f"arms: name an arm with lower-case letters, digits and '-', not {self.name!r}")
+        require(isinstance(self.options, dict), f"arms: {self.name}: options: must hold keys, got {self.options!r}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Study:
         lengths: shares of `steps` at which an arm may be run, in order; each run has a schedule of its own length.
         margin: relative difference of costs that does not matter.
         metric: the loss that counts, for instance that of one source in place of all validation text's bits per byte.
-        clock: what a CPU's seconds are: those of its processor while training, which other programs hardly change, or
+        clock: what a CPU's seconds are: those of its processor while training, which other programs change less, or
             those of the clock, for techniques that use other processes (a busy machine spoils them).
         add_one_in: with `parts`, run each alone.
         leave_one_out: with `parts`, run the recipe without each.
@@ -126,6 +127,7 @@ class Study:
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"steps: must be positive, got {self.steps}")
+        require(isinstance(self.options, dict), f"options: must hold keys, got {self.options!r}")
         require(bool(self.arms or self.parts), "arms: a study needs an arm beside its baseline, or parts of a recipe")
         require(len(set(self.seeds)) == len(self.seeds) > 0, "seeds: give at least one, each once")
         require(
@@ -133,6 +135,8 @@ class Study:
             "lengths: positive shares, in rising order",
         )
         require(self.margin >= 0, f"margin: must not be negative, got {self.margin}")
+        number = isinstance(self.target, str) or math.isfinite(self.target)
+        require(number, f"target: must be baseline or a value of {self.metric}, got {self.target}")
         arms = self._every_arm()
         names = [arm.name for arm in arms]
         for name in names:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from frugal.errors import UserError, require
+from frugal.provenance import source
 from frugal.tracking.processes import RUNNING, STOPPED, TOLD, start_process, tell
 from frugal.tracking.run_costs import Result, costs_of
 from frugal.tracking.run_folder import read_lines, write_json
@@ -67,7 +68,8 @@ class StudyRuns:
         self.arms = {arm.name: arm for arm in study.all_arms()}
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
-        self.done = self.made = self.searched = 0
+        self.done = self.made = self.searched = self.of_other_code = 0
+        self._met: set[str] = set()  # runs that were asked for
         self.jobs = 1
         self.stopped = False
         TOLD.clear()
@@ -87,7 +89,12 @@ class StudyRuns:
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
-            summary = self._summary(key) or self._make(spec, key)
+            summary = self._summary(key)
+            if summary is None:
+                summary = self._make(spec, key)
+            elif key not in self._met and summary.get("source") not in (None, source()):
+                self.of_other_code += 1
+            self._met.add(key)
         if summary and summary["loss"] is None:  # made by an earlier call: making it again would not help
             self.failures[spec.name] = f"its metrics have no finite {self.study.metric}"
             return None
@@ -99,8 +106,9 @@ class StudyRuns:
             return None
         try:
             summary = json.loads(found[-1].read_text(encoding="utf-8"))
-            costs_of(summary)
-        except (ValueError, TypeError, KeyError):
+            if any(cost <= 0 for cost in costs_of(summary).values()):
+                raise ValueError("a run that cost nothing")
+        except (ValueError, TypeError, KeyError, ZeroDivisionError):
             raise UserError(f"{found[-1]}: damaged; remove its folder and the run is made again") from None
         rows = [row for row in read_lines(found[-1].with_name("metrics.jsonl")) if self.study.metric in row]
         loss = rows[-1][self.study.metric] if rows else None
@@ -108,7 +116,7 @@ class StudyRuns:
         if self.study.clock == "wall":
             summary.pop("train_cpu_seconds", None)
         beside = found[-1].with_name(BESIDE)
-        summary["at_a_time"] = read_lines(beside)[0].get("at_a_time") if beside.is_file() else None
+        summary["at_a_time"] = (read_lines(beside) or [{}])[0].get("at_a_time")
         return summary
 
     def _make(self, spec: RunSpec, key: str) -> dict[str, Any] | None:
@@ -134,7 +142,9 @@ class StudyRuns:
             self.stopped = True
             raise UserError(f"{spec.name}: was told to stop; the same command goes on")
         summary = self._summary(key)
-        if status or summary is None or summary["loss"] is None:
+        if status and summary and summary["loss"] is not None and summary.get("global_step") == spec.steps:
+            log.warning("%s: ended with exit status %s after its last step; it counts (%s)", spec.name, status, output)
+        elif status or summary is None or summary["loss"] is None:
             lines = output.read_text(encoding="utf-8").strip().splitlines() if output.is_file() else []
             own = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
             no_loss = not status and summary is not None
@@ -213,11 +223,8 @@ class StudyRuns:
         if not found:
             return []
         # Controls of equal length, and the loss at the baseline's own length, are compared at full length.
-        full = (
-            self.result(arm, seed, 1.0)
-            if arm.controls or any(arm.name in a.controls for a in self.arms.values())
-            else None
-        )
+        compared = arm is base or arm.controls or any(arm.name in a.controls for a in self.arms.values())
+        full = self.result(arm, seed, 1.0) if compared else None
         results = {result.length: result for result in (*found, *([full] if full else []))}
         return [results[length] for length in sorted(results)]
 
