@@ -1,7 +1,9 @@
 """`frugal savings`: every shipped study is accepted, and a real one of seconds goes from arms to a report."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -15,6 +17,7 @@ from frugal.cli.train import main as train
 from frugal.cli.verbs import main
 from frugal.tracking import processes
 from frugal.tracking.read_runs import flat
+from frugal.tracking.receipts import read_results
 from frugal.tracking.study import read_study, run_spec
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +62,43 @@ def test_a_claim_card_has_its_four_parts_and_names_studies_that_exist(path: Path
     folder = (ROOT / named[0]).parent
     assert (ROOT / named[0]).is_file() and all((folder / name).is_file() for name in named[1:])
     assert f"({path.name})" in (path.parent / "README.md").read_text()
+
+
+NUMBER = r"[+-]?\d+\.\d+"
+QUOTED = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER}|∞)\]|at least ({NUMBER})")
+
+
+def quotes(card: str) -> list[tuple[str, str, list[str]]]:
+    """Figures with an interval, and bounds, that a card quotes of a study: its name, the text, estimate and ends."""
+    found = []
+    for paragraph in card.partition("## Here")[2].partition("## Counter")[0].split("\n\n"):
+        for said in re.split(r"(?:^|(?<=\. )|(?<=\n))(?=\w+\.yaml, )", paragraph.strip()):
+            if match := re.match(r"([a-z_]+)\.yaml, ", said):
+                own = re.split(r"\w+\.yaml", said[match.end() :])[0]
+                found += [(match[1], m[0], [part for part in m.groups() if part]) for m in QUOTED.finditer(own)]
+    return found
+
+
+def test_cards_quote_what_the_results_say() -> None:
+    """So that a study that is run again cannot leave two verdicts behind."""
+    results = {result.study: result for result in read_results([str(ROOT / "docs" / "claims" / "results")])}
+    checked = 0
+    for path in sorted((ROOT / "docs" / "claims").glob("[a-z]*.md")):
+        for study, text, parts in quotes(path.read_text()):
+            if study not in results:
+                continue
+            known: list[tuple[float, ...]] = []
+            for finding in results[study].findings:
+                known += [(r.estimate, r.low, r.high) for r in finding.ratios.values()]
+                if finding.loss:
+                    mean, low, high = finding.loss
+                    known += [(mean, low, high), (-mean, -high, -low)]
+            shown = [math.inf if part == "∞" else float(part) for part in parts]
+            exact = 0.5001 * 10.0 ** -len(parts[0].partition(".")[2])
+            close = [k for k in known if all(a == b or abs(a - b) <= exact for a, b in zip(shown, k, strict=False))]
+            assert close, f"{path.name}: {text} is no figure of {study}.json"
+            checked += 1
+    assert checked > 60
 
 
 def test_every_study_has_a_claim_card() -> None:

@@ -252,7 +252,7 @@ def _beside(finding: Finding) -> str:
 def receipts_figure(results: Sequence[StudyResult]) -> Figure:
     """All techniques as one forest plot."""
     rows = [
-        replace(finding, arm=_label(result, finding), reference="the baseline")
+        replace(finding, arm=_label(result, replace(finding, note="")), reference="the baseline")  # notes are long
         for result, finding in techniques(results)
     ]
     return forest_figure("receipts", rows, "the baseline", max(result.margin for result in results))
