@@ -56,14 +56,19 @@ def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
     return f"{'.'.join(keys)}: {text}" if keys else text
 
 
+def in_words(error: UserError | argparse.ArgumentError, known_keys: Iterable[str] = ()) -> str:
+    """What a user is told of an error, on one line."""
+    message = str(error) if isinstance(error, UserError) else one_line(str(error), known_keys)
+    return " ".join(message.split())
+
+
 @contextmanager
 def one_line_errors(known_keys: Iterable[str] = ()) -> Iterator[None]:
     """Print a UserError or a parser's error as one line and exit with code 2."""
     try:
         yield
     except (UserError, argparse.ArgumentError) as error:
-        message = str(error) if isinstance(error, UserError) else one_line(str(error), known_keys)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {in_words(error, known_keys)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -288,7 +288,7 @@ def main(args: list[str] | None = None, started: float | None = None) -> None:
     `started` is the `time.perf_counter()` of the program's start, from which the run is billed.
     """
     FrugalCLI.started = time.perf_counter() if started is None else started
-    _quiet()
+    quiet()
     keep_freed_memory()
     if args is None:
         # In place: Lightning starts further processes from it.
@@ -296,13 +296,13 @@ def main(args: list[str] | None = None, started: float | None = None) -> None:
     else:
         args = null_as_mapping(args)
     with one_line_errors(OPTIONS), one_voice():
-        _start(FrugalCLI, args)
+        start(FrugalCLI, args)
 
 
 def build(args: list[str]) -> FrugalCLI:
     """Parse and instantiate as `main` does, but run nothing; faults are raised."""
-    _quiet()
-    return _start(_BuildOnly, null_as_mapping(args))
+    quiet()
+    return start(_BuildOnly, null_as_mapping(args))
 
 
 class _BuildOnly(FrugalCLI):
@@ -310,7 +310,7 @@ class _BuildOnly(FrugalCLI):
         """Leave trainer, model and datamodule to the caller."""
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Log our own lines only, and silence warnings that do not apply here."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("frugal").setLevel(logging.INFO)
@@ -330,7 +330,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
 
 
-def _start(kind: type[FrugalCLI], args: list[str] | None) -> FrugalCLI:
+def start(kind: type[FrugalCLI], args: list[str] | None) -> FrugalCLI:
+    """Parse, and do what the kind of CLI does then; faults are raised."""
     if not Path(BASE_CONFIG).is_file():
         raise UserError(f"no {BASE_CONFIG} here: run from the project's root folder")
     given = sys.argv[1:] if args is None else args
