@@ -325,12 +325,36 @@ FAULTS = {
         "did you mean model.transformer.n_layers?",
     ),
     "a misspelt key in an overlay": (["--config", "typo.yaml"], "did you mean trainer.max_steps?"),
-    "a wrong type": (["--model.optimizer.lr", "fast"], "model.optimizer.lr: Expected a float. Got value: fast"),
+    "a wrong type": (["--model.optimizer.lr", "fast"], "model.optimizer.lr: must be a number, got fast"),
     "top_k too large": (["--model.transformer.moe.top_k", "9"], "top_k: must lie between 1 and n_experts (4), got 9"),
+    "a wrong choice": (
+        ["--run.wandb", "maybe"],
+        "run.wandb: must be one of auto, online, offline, disabled; got maybe",
+    ),
+    "a choice among several types": (
+        ["--trainer.precision", "fp8"],
+        "trainer.precision: must be one of 64, 32, 16, transformer-engine, transformer-engine-float16, 16-true, "
+        "16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, bf16; got fp8",
+    ),
+    "no list": (["--data.lengths", "[3]"], "data.lengths: must be a LengthStage, got 3"),
+    "a missing shape": (["--model.transformer", "none.yaml"], "error: model.transformer: no file none.yaml"),
+    "a missing model": (["--model", "configs/none.yaml"], "error: model: no file configs/none.yaml"),
+    "a missing datamodule": (["--data", "configs/none.yaml"], "error: data: no file configs/none.yaml"),
+    "a shape that is a list": (["--model.transformer", "list.yaml"], "list.yaml is no YAML file that holds keys"),
+    "a misspelt class": (
+        ["--data.source.class_path", "frugal.data.sources.KingJame"],
+        "error: data.source.class_path: there is no class frugal.data.sources.KingJame; did you mean "
+        "frugal.data.sources.KingJames?",
+    ),
+    "a misspelt optimizer": (
+        ["--model.optimizer", "torch.optim.AdanW"],
+        "error: model.optimizer.class_path: there is no class torch.optim.AdanW; did you mean torch.optim.AdamW?",
+    ),
+    "a misspelt key of a source": (["--data.source.pth", "x"], "did you mean data.source.path?"),
     "an unknown strategy": (["--trainer.strategy", "magic"], "trainer.strategy: magic is none"),
     "a config that is a list": (["--config", "list.yaml"], "list.yaml: must hold keys, not a list"),
     "a config not in UTF-8": (["--config", "latin.txt"], "latin.txt: is no YAML"),
-    "a missing config": (["--config", "none.yaml"], "File does not exist"),
+    "a missing config": (["--config", "none.yaml"], "error: --config: no file none.yaml"),
     "a missing text": (["--data.source.path", "none.txt"], "data.source.path: no such file"),
     "an empty text": (["--data.source.path", "empty.txt"], "data.source: there is no text in it"),
     "a short text": (["--data.source.path", "short.txt", "--data.seq_len", "512"], "data.seq_len: 512 is too long"),
