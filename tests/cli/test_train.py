@@ -428,6 +428,22 @@ def test_faults_are_one_line_that_names_the_key(broken: None, train: Train, caps
     assert {path.name for path in left} <= {"meter.json"}  # what a start cost that was refused late
 
 
+OWN_TEXT = "reads no file; --config configs/experiments/001_own_text.yaml reads your text"
+WRONG_WAYS = {
+    "a text for what reads none": (["--data.source.path", "text.txt"], f"data.source.path: KingJames {OWN_TEXT}"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_WAYS)
+def test_what_belongs_elsewhere_is_sent_there(name: str, project: Path, capsys: pytest.CaptureFixture) -> None:
+    from frugal.cli.train import main
+
+    args, line = WRONG_WAYS[name]
+    with pytest.raises(SystemExit):
+        main(["fit", *args])
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a misspelt key", "a truncated checkpoint", "a short text"])
 def test_faults_on_the_real_command_line(broken: None, project: Path, name: str) -> None:

@@ -56,6 +56,7 @@ TYPES = {
 }
 TUPLE, LIST = r"tuple with (\d+) elements", r"list of \1"
 LITERAL = r"typing\.Literal(\[[^\]]*\])"
+OWN_TEXT = "configs/experiments/001_own_text.yaml"
 # How gloo and NCCL say that the other end of a connection is gone.
 PEER_GONE = r"Connection (closed|reset) by peer|Broken pipe|remote process exited"
 CALLABLE = r"Type typing\.Callable\[.*?\] expects a function or a callable class: "
@@ -101,6 +102,8 @@ def _no_key(name: str, message: str, known_keys: Iterable[str]) -> str:
     classes = re.findall(r"Problem with given class_path '([^']+)'", message)
     kind = _class(classes[-1]) if classes else None
     place = name.rpartition(".")[0]
+    if name == "data.source.path" and "frugal.data.datamodule.TextDataModule" in classes:
+        return f"{name}: {classes[-1].rpartition('.')[2]} reads no file; --config {OWN_TEXT} reads your text"
     own = [f"{place}.{key}" for key in inspect.signature(kind).parameters] if kind and len(classes) > 1 else []
     known = [key for key in [*own, *known_keys] if not name.startswith(f"{key}.")]
     close = difflib.get_close_matches(name, known, n=1)
