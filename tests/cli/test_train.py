@@ -13,6 +13,7 @@ import torch
 import yaml
 from ranks import run as start
 
+from frugal.cli.base_config import passed_the_wrong_way
 from frugal.cli.train import null_as_mapping, overlays_first
 from frugal.schedule import WarmupStableDecay
 from frugal.tracking.run_folder import read_lines
@@ -431,6 +432,43 @@ def test_faults_are_one_line_that_names_the_key(broken: None, train: Train, caps
 OWN_TEXT = "reads no file; --config configs/experiments/001_own_text.yaml reads your text"
 WRONG_WAYS = {
     "a text for what reads none": (["--data.source.path", "text.txt"], f"data.source.path: KingJames {OWN_TEXT}"),
+    "a shape as an overlay": (
+        ["--config", "configs/model/olmoe_1b_7b.yaml"],
+        "configs/model/olmoe_1b_7b.yaml: is no overlay but a value of model.transformer; pass it as "
+        "--model.transformer configs/model/olmoe_1b_7b.yaml",
+    ),
+    "images' shape as an overlay": (
+        ["--config=configs/model/vit_moe_digits.yaml"],
+        "configs/model/vit_moe_digits.yaml: is no overlay but a value of model.transformer; pass it as "
+        "--model.transformer configs/model/vit_moe_digits.yaml",
+    ),
+    "data as an overlay": (
+        ["--config", "configs/data/kjv.yaml"],
+        "configs/data/kjv.yaml: is no overlay but a value of data; pass it as --data configs/data/kjv.yaml",
+    ),
+    "an overlay as a value": (
+        ["--model.optimizer", "configs/optim/adamw.yaml"],
+        "model.optimizer: configs/optim/adamw.yaml is an overlay (it sets model); pass it as --config "
+        "configs/optim/adamw.yaml",
+    ),
+    "an experiment as a shape": (
+        ["--model.init_args.transformer=configs/experiments/006_adamw.yaml"],
+        "model.init_args.transformer: configs/experiments/006_adamw.yaml is an overlay (it sets run, data, "
+        "model, trainer, checkpoint); pass it as --config configs/experiments/006_adamw.yaml",
+    ),
+    "a shape as a model": (
+        ["--model", "configs/model/kjv_moe.yaml"],
+        "model: configs/model/kjv_moe.yaml is a value of model.transformer; pass it as --model.transformer "
+        "configs/model/kjv_moe.yaml",
+    ),
+    "data as a source": (
+        ["--data.source", "configs/data/kjv.yaml"],
+        "data.source: configs/data/kjv.yaml is a value of data; pass it as --data configs/data/kjv.yaml",
+    ),
+    "a misspelt key beside a right file": (
+        ["--model.transformer", "configs/model/kjv_moe.yaml", "--trainer.max_stepz", "3"],
+        "trainer.max_stepz: there is no such key; did you mean trainer.max_steps?",
+    ),
 }
 
 
@@ -442,6 +480,17 @@ def test_what_belongs_elsewhere_is_sent_there(name: str, project: Path, capsys: 
     with pytest.raises(SystemExit):
         main(["fit", *args])
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_shipped_values_open_with_how_they_are_passed() -> None:
+    root = Path(__file__).parents[2]
+    files = [file for folder in ("model", "data") for file in sorted((root / "configs" / folder).glob("*.yaml"))]
+    assert len(files) > 15
+    for file in files:
+        told = passed_the_wrong_way(["--config", str(file)], ["run", "data", "model", "trainer"])
+        option = "--model.transformer" if file.parent.name == "model" else "--data"
+        assert told and told.endswith(f"; pass it as {option} {file}"), told
+        assert file.read_text().startswith(f"# Pass it as {option} {file.relative_to(root)}"), file
 
 
 @pytest.mark.slow

@@ -7,12 +7,16 @@ import dataclasses
 import importlib
 import inspect
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import lightning.pytorch as pl
 import yaml
 
 from frugal.errors import UserError
+from frugal.model.config import TransformerConfig
+from frugal.model.vision_config import VisionConfig
 from frugal.overlay import read_mapping
 
 
@@ -71,12 +75,56 @@ def _keys(kind: Any, prefix: str) -> list[str]:
     return found
 
 
+def passed_the_wrong_way(args: list[str], keys: Iterable[str]) -> str | None:
+    """How a YAML file among the arguments is to be passed, where its content says that it is passed wrongly.
+
+    Args:
+        args: the command line.
+        keys: what an overlay may set at its top: run, data, model, trainer, ...
+    """
+    for option, value in _pairs(args):
+        file = Path(value)
+        try:
+            content = read_mapping(file) if file.suffix in (".yaml", ".yml") and file.is_file() else {}
+        except UserError:  # the parser's to refuse
+            content = {}
+        right = _option_for(content, set(keys))
+        if right is None or not option.startswith("-"):
+            continue
+        if option in ("-c", "--config") and right != "--config":
+            return f"{file}: is no overlay but a value of {right[2:]}; pass it as {right} {file}"
+        if option not in ("-c", "--config") and option.replace(".init_args", "") != right:
+            what = f"an overlay (it sets {', '.join(content)})" if right == "--config" else f"a value of {right[2:]}"
+            return f"{option[2:]}: {file} is {what}; pass it as {right} {file}"
+    return None
+
+
+def _option_for(content: dict[str, Any], keys: set[str]) -> str | None:
+    """The option that takes a file of this content; None if that cannot be told."""
+    shape = {field.name for kind in (TransformerConfig, VisionConfig) for field in dataclasses.fields(kind)}
+    kind = _load(str(content.get("class_path", "")))
+    if isinstance(kind, type) and issubclass(kind, (pl.LightningModule, pl.LightningDataModule)):
+        return "--model" if issubclass(kind, pl.LightningModule) else "--data"
+    if content and content.keys() <= keys:
+        return "--config"
+    # One misspelt key makes no other file of it.
+    return "--model.transformer" if 2 * len(content.keys() & shape) > len(content) else None
+
+
+def _pairs(args: list[str]) -> list[tuple[str, str]]:
+    """Each argument with its value: what stands behind `=`, or else the next argument."""
+    pairs = []
+    for key, following in zip(args, [*args[1:], ""], strict=True):
+        name, equals, own = key.partition("=")
+        pairs.append((name, own if equals else following))
+    return pairs
+
+
 def _overlays(args: list[str]) -> list[dict[str, Any]]:
     """What the `--config` files among the arguments hold; one that is not there is the parser's to refuse."""
     found = []
-    for key, value in zip(args, [*args[1:], ""], strict=True):
-        name, equals, own = key.partition("=")
-        file = Path(own if equals else value)
+    for name, value in _pairs(args):
+        file = Path(value)
         if name in ("-c", "--config") and file.is_file():
             found.append(read_mapping(file))
     return found
@@ -84,10 +132,9 @@ def _overlays(args: list[str]) -> list[dict[str, Any]]:
 
 def _class_of(part: str, args: list[str]) -> str | None:
     """The class path that options or else overlays give to `part`; None where they leave the default."""
-    for key, value in zip(args, [*args[1:], ""], strict=True):
-        name, equals, own = key.partition("=")
+    for name, value in _pairs(args):
         if name in (f"--{part}", f"--{part}.class_path"):
-            return own if equals else value
+            return value
     named = [values.get("class_path") for overlay in _overlays(args) if isinstance(values := overlay.get(part), dict)]
     return next((name for name in reversed(named) if name), None)
 

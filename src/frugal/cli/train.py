@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from frugal.callbacks.progress import Progress
 from frugal.callbacks.report import RunReport
 from frugal.callbacks.routing import RoutingMonitor
 from frugal.callbacks.samples import TextSamples
-from frugal.cli.base_config import base_for, class_keys
+from frugal.cli.base_config import base_for, class_keys, passed_the_wrong_way
 from frugal.cli.errors import one_line, one_line_errors, one_voice
 from frugal.cli.memory import keep_freed_memory
 from frugal.data.datamodule import TextDataModule
@@ -74,6 +75,17 @@ class FrugalCLI(LightningCLI):
         parser.link_arguments("data.init_args.seq_len", "model.init_args.transformer.max_seq_len")
         for key in ("image_size", "channels", "n_classes"):
             parser.link_arguments(f"data.init_args.{key}", f"model.init_args.transformer.{key}")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a file that is passed the wrong way is told as that."""
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError:
+            keys = {action.dest.partition(".")[0] for action in self._subcommand_parsers["fit"]._actions}
+            told = passed_the_wrong_way(sys.argv[1:] if args is None else args, keys)
+            if told is None:
+                raise
+            raise UserError(told) from None
 
     def _parse_ckpt_path(self) -> None:
         """Keep config and command line: a checkpoint must not override them in silence (Lightning issue 21455)."""
