@@ -79,7 +79,9 @@ def test_the_card_shows_what_the_summary_holds() -> None:
     rows = dict(card_rows(summary, {"run folder": "runs/a/b"}))
     assert rows["best validation"] == "1.2500 bits per byte · 2.5000 nats per token"
     assert "1 min 30 s" in rows["spent"] and "6 GFLOPs" in rows["spent"]
-    assert "25%" in rows["speed"] and "300 GFLOP/s" in rows["speed"]
+    assert "25%" in rows["speed"] and "300 GFLOP/s measured here" in rows["speed"]
+    given = dict(card_rows({**summary, "peak_given": True}, {}))["speed"]
+    assert "25% of the 300 GFLOP/s given as cost.peak_tflops" in given
     assert "1.0000 kWh" in rows["estimate"] and "$0.0125" in rows["estimate"] and "cpu: 10 W" in rows["estimate"]
     unknown = card_rows({**summary, "joules": None, "dollars": None, "assumption": "no row for 'X'"}, {})
     assert dict(unknown)["estimate"] == "energy and dollars unknown  [no row for 'X']"

@@ -39,7 +39,8 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         (
             "speed",
             f"{summary['tokens_per_second']:,.0f} tokens/s · MFU {_share(summary['mfu'])} of the "
-            f"{summary['peak_tflops_measured'] * 1000:,.0f} GFLOP/s measured here"
+            f"{summary['peak_tflops_measured'] * 1000:,.0f} GFLOP/s "
+            + ("given as cost.peak_tflops" if summary.get("peak_given") else "measured here")
             + (f" · goodput {good:.0%}" if (good := summary.get("goodput")) is not None else "")
             + (f" · {gib(memory)} at most" if (memory := summary.get("peak_memory_bytes")) else ""),
         ),
