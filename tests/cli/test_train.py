@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,6 +259,12 @@ def test_balancing_moves_the_biases_and_best_is_the_lowest(train: Train) -> None
     assert summary["mfu"] == pytest.approx(summary["flops"] / train_seconds / 0.1e12, rel=1e-6)
     assert 0 < summary["seconds_by_phase"]["validation"] < summary["seconds"]
     assert summary["joules"] == pytest.approx(summary["seconds"] * 10 * len(os.sched_getaffinity(0)), rel=1e-3)
+
+
+def test_a_run_shorter_than_the_logging_interval_ends_without_a_warning(train: Train) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        train("fit", "--trainer.max_steps", "3", "--trainer.log_every_n_steps", "20")
+    assert not [str(warning.message) for warning in caught if "logging interval" in str(warning.message)]
 
 
 def test_fast_dev_run_leaves_nothing(train: Train) -> None:

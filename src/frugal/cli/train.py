@@ -336,6 +336,8 @@ def quiet() -> None:
     # Slurm being installed does not mean that this run is to be sent there.
     warnings.filterwarnings("ignore", ".*srun. command is available.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    # A short run may end before its first logged step; its validation is logged in any case.
+    warnings.filterwarnings("ignore", ".*number of training batches .* is smaller than the logging interval.*")
     # Our sampler starts at the trainer's step, so the loader needs no state of its own.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
