@@ -160,6 +160,24 @@ def test_a_study_runs_reports_and_is_not_run_twice(
     assert last.keys() == {"share", "loss", "tokens", "flops", "seconds", "joules", "dollars"} and last["tokens"] > 0
 
 
+def test_a_key_misspelt_in_an_arm_is_told_before_anything_has_trained(
+    project: Path, in_process: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copy(ROOT / "train.py", project)
+    (project / "small.yaml").write_text(
+        "question: q\nsteps: 8\nseeds: [1]\noverlays: [tiny.yaml]\narms:\n"
+        "- {name: good, options: {model: {transformer: {d_ff: 64}}}}\n"
+        "- {name: bad, options: {model: {transformer: {n_layerz: 2}}}}\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["savings", "small.yaml", "--out", "out", "--wandb", "disabled"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and in_process == [] and not (project / "out/small/runs").exists()
+    assert (
+        "arms: bad: model.transformer.n_layerz: there is no such key; did you mean model.transformer.n_layers" in said
+    )
+
+
 def test_a_study_with_a_failed_run_says_so_and_ends_with_1(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

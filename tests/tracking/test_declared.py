@@ -14,7 +14,8 @@ FILES = [Path("q.yaml")]
 
 
 def test_a_later_change_is_told(tmp_path: Path) -> None:
-    declare(tmp_path, STUDY, FILES)
+    declare(tmp_path, replace(STUDY, steps=7), FILES)
+    declare(tmp_path, STUDY, FILES)  # nothing has run yet
     (tmp_path / "runs").mkdir()
     assert said_of_declaration(tmp_path, STUDY, STUDY.seeds) == [
         "Target, margin, lengths and seeds were declared before the first run."

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 RESTARTS = 20  # of a run whose place in the queue was taken away
 
@@ -93,9 +96,10 @@ def savings(
         found = bool(words and shutil.which(words[0]))
         require(found, f"launcher: there is no program {words[0] if words else repr(launcher)} here")
         start = partial(start_process, launcher=words)
-    if start:
-        declare(folder, declared, study_files(study))
     runs = StudyRuns(name, wanted, folder, wandb, start, restarts=RESTARTS if launcher else 0)
+    if start:
+        refuse_faulty(runs.samples())
+        declare(folder, declared, study_files(study))
     earlier: dict[int, Any] = {number: signal.signal(number, runs.stop) for number in SIGNALS}
     earlier[signal.SIGINT] = signal.signal(signal.SIGINT, runs.interrupt)
     try:
@@ -139,3 +143,27 @@ def savings(
         failed = "; ".join(f"{run}: {why}" for run, why in runs.failures.items())
         print(f"{name}: {len(runs.failures)} run(s) failed ({failed}); see {folder / 'overlays'}", file=sys.stderr)
         sys.exit(1)
+
+
+def refuse_faulty(samples: list[Path]) -> None:
+    """Refuse arms whose overlays train.py would, in a process of its own: this one needs no torch.
+
+    Raises:
+        UserError: the first fault, with the arms that have it.
+    """
+    import subprocess
+    import sys
+
+    from frugal.errors import UserError
+
+    if not samples:
+        return
+    command = [sys.executable, "-m", "frugal.cli.check_configs", *map(str, samples)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    found: dict[str, list[str]] = {}
+    for line in said:
+        for file in samples:
+            if line.startswith(f"{file}: "):
+                found.setdefault(line.removeprefix(f"{file}: "), []).append(file.stem)
+    for fault, arms in found.items():
+        raise UserError(f"arms: {', '.join(arms)}: {fault}")

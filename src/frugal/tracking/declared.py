@@ -28,7 +28,7 @@ def declare(folder: Path, study: Study, files: Sequence[Path]) -> None:
             names == now["files"],
             f"study: {folder} holds runs of {'+'.join(names or ['?'])}; rename yours, or give another --out",
         )
-    elif not (folder / "runs").is_dir():
+    if not (folder / "runs").is_dir():
         write_json(kept, now, indent=1)
 
 

@@ -158,6 +158,21 @@ class StudyRuns:
         log.info("%s: %s %.4f in %s", spec.name, self.study.metric, summary["loss"], duration(time.monotonic() - began))
         return summary
 
+    def samples(self) -> list[Path]:
+        """An overlay, NAME.yaml, of each arm that has no run yet, to be looked at before hours go into the others."""
+        guess = {arm.name: {arm.tune.key: arm.tune.grid[0]} for arm in self.arms.values() if arm.tune}
+        files = []
+        for arm in self.arms.values():
+            if any((self.out / "runs").glob(f"{arm.name}_*/*/summary.json")):
+                continue
+            steps = max(2, round(arm.start * self.study.steps))
+            spec = run_spec(self.study, arm, self.study.seeds[0], steps, guess)
+            file = self.out / "overlays" / "samples" / f"{arm.name}.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(yaml.safe_dump(spec.overlay, sort_keys=False), encoding="utf-8")
+            files.append(file)
+        return files
+
     def stop(self, number: int, _: object = None) -> None:
         """Begin no further run and pass a signal on to those that run; a handler for `signal.signal`."""
         self.stopped = True
