@@ -178,6 +178,23 @@ def test_plan_calibrate_and_audit(train: object, capsys: pytest.CaptureFixture) 
     assert "planned with calibration" in capsys.readouterr().out
 
 
+def test_unfinished_runs_are_left_out_of_a_calibration(
+    train: object, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = train("fit")  # type: ignore[operator]
+    stopped = folder.with_name("stopped")
+    stopped.mkdir()
+    main(["plan", "--calibrate", str(stopped), str(folder)])
+    assert recall() == calibrate([str(folder)])
+    (note,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"left out: {stopped} (no summary.json" in note
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["plan", "--calibrate", str(stopped)])
+    error = capsys.readouterr().err
+    assert error.startswith("error: calibrate: no run to measure by; left out: ") and error.count("\n") == 1
+
+
 def test_bad_requests_are_one_line(project: Path, capsys: pytest.CaptureFixture) -> None:
     Path("half.yaml").write_text("model: {tf32: true}\ntrainer: {precision: bf16-mixed, max_steps: 10}\n")
     for arguments, message in (
@@ -189,7 +206,8 @@ def test_bad_requests_are_one_line(project: Path, capsys: pytest.CaptureFixture)
         (["half.yaml"], "model.tf32: trainer.precision bf16-mixed leaves no products in float32"),
         (["configs/base.yaml", "--precision", "8-true"], "precision: 8-true is not planned for"),
         (["configs/base.yaml", "--hardware", "abacus"], "no row 'abacus'"),
-        (["--audit", "nowhere"], "run: no summary.json in nowhere"),
+        (["--audit", "nowhere"], "audit: no summary.json in nowhere"),
+        (["--calibrate", "nowhere"], "calibrate: no folder nowhere"),
     ):
         with pytest.raises(SystemExit):
             main(["plan", *arguments])

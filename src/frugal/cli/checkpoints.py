@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 def inspect_(checkpoint: str, json: bool = False) -> None:
     """Say what a checkpoint holds; nothing in it is executed.
@@ -14,7 +16,7 @@ def inspect_(checkpoint: str, json: bool = False) -> None:
 
     from frugal.cli.checkpoint_card import checkpoint_card
 
-    card = checkpoint_card(_files([checkpoint], "last.ckpt")[0])
+    card = checkpoint_card(_file(checkpoint))
     print(dumps(card, indent=2) if json else "\n".join(f"{key:22} {value}" for key, value in card.items()))
 
 
@@ -22,14 +24,21 @@ def verify(checkpoints: list[str]) -> None:
     """Compare checkpoints with their checksums; exit code 1 if one is damaged.
 
     Args:
-        checkpoints: .ckpt files, or folders of runs (all of their checkpoints).
+        checkpoints: .ckpt files, or folders of runs (all of their checkpoints; one without any is left out).
     """
     import sys
 
+    from frugal.errors import require
     from frugal.training.checksums import damage, is_sealed
 
+    require(bool(checkpoints), "checkpoints: name at least one, or a run's folder")
+    files = {word: _files(word, "*.ckpt", "checkpoints") for word in checkpoints}
+    without = ", ".join(word for word, found in files.items() if not found)
+    require(any(files.values()), f"checkpoints: no checkpoints/*.ckpt in {without}")
+    if without:
+        print(f"checkpoints: left out, no checkpoints/*.ckpt: {without}", file=sys.stderr)
     bad = 0
-    for path in _files(checkpoints, "*.ckpt"):
+    for path in [path for found in files.values() for path in found]:
         wrong = damage(path)
         bad += wrong is not None
         print(
@@ -45,33 +54,32 @@ def consolidate(checkpoint: str, out: str) -> None:
         checkpoint: a folder of shards, or a run's folder (its last.ckpt).
         out: the file to write.
     """
-    from pathlib import Path
-
     from frugal.errors import require
     from frugal.training.checkpointing import read_checkpoint
     from frugal.training.checksums import META, write_sealed
 
-    (path,) = _files([checkpoint], "last.ckpt")
+    path = _file(checkpoint)
     require((path / META).is_file(), f"checkpoint: {path} is one file already")
     require(not Path(out).exists(), f"out: {out} exists already")
     write_sealed(read_checkpoint(path), Path(out))
     print(f"written to {out}")
 
 
-def _files(given: list[str], pattern: str) -> list:
-    from pathlib import Path
+def _file(word: str) -> Path:
+    """The checkpoint that a user names, by itself or by its run's folder."""
+    from frugal.errors import require
 
-    from frugal.errors import UserError
+    found = _files(word, "last.ckpt", "checkpoint")
+    require(bool(found), f"checkpoint: no checkpoints/last.ckpt in {word}")
+    return found[0]
+
+
+def _files(word: str, pattern: str, key: str) -> list[Path]:
+    """The checkpoints of this pattern in a run's folder, or the one that is named."""
+    from frugal.errors import require
     from frugal.training.checksums import META
 
-    found: list[Path] = []
-    for word in given:
-        path = Path(word)
-        is_run = path.is_dir() and not (path / META).is_file()  # a sharded checkpoint is a folder, too
-        inside = sorted(path.glob(f"checkpoints/{pattern}")) if is_run else [path]
-        if not inside or not inside[0].exists():
-            raise UserError(f"checkpoint: no file {word}, and no checkpoints/{pattern} in a folder of that name")
-        found += inside
-    if not found:
-        raise UserError("checkpoints: name at least one")
-    return found
+    path = Path(word)
+    require(path.exists(), f"{key}: no file {word}, and no folder of that name")
+    is_run = path.is_dir() and not (path / META).is_file()  # a sharded checkpoint is a folder, too
+    return sorted(path.glob(f"checkpoints/{pattern}")) if is_run else [path]

@@ -24,7 +24,7 @@ def audit(
     Raises:
         UserError: the run has no receipt, or ran on hardware that the table does not know.
     """
-    summary = read_summary(run)
+    summary = read_summary(run, "audit")
     if not summary.get("hardware"):
         raise UserError(f"audit: {run} ran on {summary.get('device')}, which {hardware_file} lacks")
     planned = read_run(str(Path(run) / "config.yaml"))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from frugal.errors import UserError
+from frugal.errors import UserError, require
 from frugal.model.config import flops_per_token
 from frugal.planning.run_config import PlannedRun, read_run
 
+log = logging.getLogger(__name__)
 FILE = Path(".cache/calibration.json")
 NEEDED = {"flops", "precision", "cores", "devices", "validations", "global_step", "peak_memory_bytes", "wall_seconds"}
 
@@ -36,28 +38,28 @@ class Calibration:
     runs: tuple[str, ...]
 
 
-def read_summary(run: str) -> dict[str, Any]:
-    """The receipt in a run's folder.
+def read_summary(run: str, key: str = "run") -> dict[str, Any]:
+    """The receipt in a run's folder; `key` is the argument that named it.
 
     Raises:
         UserError: there is none, or it is from before seconds were told apart.
     """
     path = Path(run) / "summary.json"
     if not path.is_file():
-        raise UserError(f"run: no summary.json in {run}; it is written when a run ends")
+        raise UserError(f"{key}: no summary.json in {run}; it is written when a run ends")
     try:
         summary = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"run: {path}: damaged ({error}); take another run") from None
+        raise UserError(f"{key}: {path}: damaged ({error}); take another run") from None
     if "seconds_by_part" not in summary:
-        raise UserError(f"run: {path} has no seconds_by_part; train it again to calibrate with it")
+        raise UserError(f"{key}: {path} has no seconds_by_part; train it again to calibrate with it")
     try:
         training_seconds(summary)
         missing = NEEDED - summary.keys()
     except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"run: {path}: damaged ({type(error).__name__}: {error}); take another run") from None
+        raise UserError(f"{key}: {path}: damaged ({type(error).__name__}: {error}); take another run") from None
     if missing:
-        raise UserError(f"run: {path}: damaged: it lacks {', '.join(sorted(missing))}; take another run")
+        raise UserError(f"{key}: {path}: damaged: it lacks {', '.join(sorted(missing))}; take another run")
     return summary
 
 
@@ -84,15 +86,25 @@ def _again(run: PlannedRun) -> float:
 def calibrate(runs: list[str]) -> list[Calibration]:
     """Measure by finished runs; several of one machine and precision are added up.
 
+    Runs that have not finished are left out, with one warning.
+
     Raises:
-        UserError: a run without a receipt, or on hardware that the table does not know.
+        UserError: no run is left, or one ran on hardware that the table does not know.
     """
     groups: dict[tuple[str, str], list[tuple[str, dict[str, Any]]]] = {}
+    left_out = []
     for run in runs:
-        summary = read_summary(run)
+        require(Path(run).is_dir(), f"calibrate: no folder {run}; name folders of runs")
+        if not (Path(run) / "summary.json").is_file():
+            left_out.append(f"{run} (no summary.json; it is written when a run ends)")
+            continue
+        summary = read_summary(run, "calibrate")
         if not summary.get("hardware"):
             raise UserError(f"calibrate: {run} ran on {summary.get('device')}, which configs/hardware.yaml lacks")
         groups.setdefault((summary["hardware"], summary["precision"]), []).append((run, summary))
+    require(bool(groups), f"calibrate: no run to measure by; left out: {', '.join(left_out)}")
+    if left_out:
+        log.warning("calibrate: left out: %s", ", ".join(left_out))
     found = []
     for (hardware, precision), members in groups.items():
         units = [summary["cores"] or summary["devices"] for _, summary in members]
