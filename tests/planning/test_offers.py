@@ -1,6 +1,7 @@
 """Plans against published arithmetic and by hand."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,8 @@ from frugal.planning.run_config import read_run
 
 ROOT = Path(__file__).parents[2]
 TABLE = str(ROOT / "configs/hardware.yaml")
+ENOUGH = ("--trainer.max_steps", "50", "--trainer.val_check_interval", "25")  # for a calibration
+OWN = "is one of the runs of the calibration: its time, energy and price are no predictions"
 ROWS = {row.name: row for row in load_hardware(TABLE)}
 
 
@@ -149,14 +152,18 @@ def test_marks() -> None:
 
 
 def test_plan_calibrate_and_audit(train: object, capsys: pytest.CaptureFixture) -> None:
-    folder = train("fit")  # type: ignore[operator]
+    folder = train("fit", *ENOUGH)  # type: ignore[operator]
+    capsys.readouterr()
     main(["plan", "--calibrate", str(folder)])
-    assert "GFLOP/s by runs/base" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "GFLOP/s per core by runs/base" in told and ".cache/calibration.json; delete it to forget" in told
     summary = json.loads((folder / "summary.json").read_text())
     (known,) = recall()
     assert known == calibrate([str(folder)])[0] and known.hardware == "cpu"
     main(["plan", "--audit", str(folder), "--json"])
-    rows = {row["quantity"]: row for row in json.loads(capsys.readouterr().out)}
+    out, err = capsys.readouterr()
+    rows = {row["quantity"]: row for row in json.loads(out)}
+    assert err == f"audit: {folder} {OWN}\n"
     assert rows["FLOPs"]["predicted"] == pytest.approx(summary["flops"], rel=1e-9)
     # Of two copies of the weights each orthogonalizes every matrix; sharded weights are shared work.
     config, run = (folder / "config.yaml").read_text(), read_run(str(folder / "config.yaml"))
@@ -175,24 +182,35 @@ def test_plan_calibrate_and_audit(train: object, capsys: pytest.CaptureFixture) 
     out = capsys.readouterr().out
     assert "measured" in out and "cheapest" in out and Path("plan.png").read_bytes().startswith(b"\x89PNG")
     main(["plan", "--audit", str(folder)])
-    assert "planned with calibration" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "planned with calibration" in told and told.endswith(f"audit: {folder} {OWN}\n")
+    remember([replace(known, runs=(str(folder.with_name("another")),))])
+    main(["plan", "--audit", str(folder)])
+    assert OWN not in capsys.readouterr().out
 
 
-def test_unfinished_runs_are_left_out_of_a_calibration(
+def test_unfinished_and_short_runs_are_left_out_of_a_calibration(
     train: object, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = train("fit")  # type: ignore[operator]
-    stopped = folder.with_name("stopped")
+    short = train("fit")  # type: ignore[operator]
+    stopped, long = short.with_name("stopped"), short.with_name("long")
     stopped.mkdir()
-    main(["plan", "--calibrate", str(stopped), str(folder)])
-    assert recall() == calibrate([str(folder)])
+    shutil.copytree(short, long)
+    for folder, steps in ((short, 49), (long, 50)):
+        summary = json.loads((folder / "summary.json").read_text()) | {"global_step": steps}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    left_out = f"left out: {stopped} (no summary.json; it is written when a run ends), {short} (49 steps)"
+    main(["plan", "--calibrate", str(stopped), str(short), str(long)])
+    (known,) = recall()
+    assert known.runs == (str(long),)
     (note,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert f"left out: {stopped} (no summary.json" in note
+    assert note == f"calibrate: needed are 50 steps of a finished run; {left_out}"
+    Path(".cache/calibration.json").unlink()
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        main(["plan", "--calibrate", str(stopped)])
-    error = capsys.readouterr().err
-    assert error.startswith("error: calibrate: no run to measure by; left out: ") and error.count("\n") == 1
+        main(["plan", "--calibrate", str(stopped), str(short)])
+    told = f"calibrate: no run to measure by: needed are 50 steps of a finished run; {left_out}"
+    assert capsys.readouterr().err == f"error: {told}\n" and recall() == []
 
 
 def test_bad_requests_are_one_line(project: Path, capsys: pytest.CaptureFixture) -> None:
@@ -271,7 +289,7 @@ def test_a_small_model_waits_for_its_host_and_not_for_its_gpu() -> None:
 def test_a_run_of_several_threads_is_timed_by_the_clock(train: object) -> None:
     folder = train("fit")  # type: ignore[operator]
     file = folder / "summary.json"
-    summary = json.loads(file.read_text()) | {"train_cpu_seconds": 1e-3}
+    summary = json.loads(file.read_text()) | {"train_cpu_seconds": 1e-3, "global_step": 50}
     speeds = []
     for threads, recompute in ((1, False), (2, False), (2, True)):
         file.write_text(json.dumps(summary | {"threads": threads}))

@@ -33,12 +33,14 @@ def plan(
         precision: as in trainer.precision, in place of the config's.
         mfu: share of the peak that the model's FLOPs achieve on every row, all overheads included.
         extra_device_hours: to add, for other phases.
-        calibrate: folders of finished runs to measure this machine by; remembered for later plans.
+        calibrate: folders of finished runs, of 50 steps at least, to measure this machine by; remembered for later
+            plans in .cache/calibration.json, until that file is deleted.
         audit: folder of a finished run: its plan beside what happened.
         png: write the picture of time and dollars there.
         json: print JSON instead of a table.
     """
-    from dataclasses import replace
+    import sys
+    from dataclasses import asdict, replace
     from json import dumps
 
     from frugal.errors import require
@@ -56,15 +58,23 @@ def plan(
     if calibrate:
         calibration.remember(calibration.calibrate(calibrate))
     known = calibration.recall()
+    if calibrate and not json:
+        _print_calibrations(known, {row.name for row in load_hardware(HARDWARE_FILE) if row.per_core})
     if audit:
         rows = audit_run(audit, known, HARDWARE_FILE)
-        print(dumps(rows, indent=2) if json else "", end="\n" if json else "")
-        if not json:
+        if json:
+            print(dumps(rows, indent=2))
+        else:
             _print_audit(audit, rows, bool(known))
+        if any(c.is_by(audit) for c in known):
+            print(
+                f"audit: {audit} is one of the runs of the calibration: its time, energy and price are no predictions",
+                file=sys.stderr if json else sys.stdout,
+            )
         return
     if not experiment:
-        for c in known:
-            print(f"{c.hardware}, {c.precision}: {c.flops_per_second / 1e9:,.1f} GFLOP/s by {', '.join(c.runs)}")
+        if json:
+            print(dumps([asdict(c) for c in known], indent=2))
         return
     run = read_run(experiment, None if tokens is None else _number(tokens), seq_len)
     if precision is not None:
@@ -159,6 +169,16 @@ def _print_plan(config: str, run: Any, rows: list[dict[str, Any]], calibrated: b
     )
     if run.left_out:
         print(f"not counted: {', '.join(run.left_out)}")
+
+
+def _print_calibrations(known: list[Any], per_core: set[str]) -> None:
+    from frugal.planning.calibration import FILE
+
+    for c in known:
+        unit = "core" if c.hardware in per_core else "device"
+        speed = f"{c.flops_per_second / 1e9:,.1f} GFLOP/s per {unit}"
+        print(f"{c.hardware}, {c.precision}: {speed} by {', '.join(c.runs)}")
+    print(f"kept for later plans in {FILE}; delete it to forget")
 
 
 def _print_audit(run: str, rows: list[dict[str, Any]], calibrated: bool) -> None:

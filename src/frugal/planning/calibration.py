@@ -14,6 +14,7 @@ from frugal.planning.run_config import PlannedRun, read_run
 
 log = logging.getLogger(__name__)
 FILE = Path(".cache/calibration.json")
+LEAST_STEPS = 50  # of a run that may measure a machine: its first steps are slow, and a handful says little
 NEEDED = {"flops", "precision", "cores", "devices", "validations", "global_step", "peak_memory_bytes", "wall_seconds"}
 
 
@@ -36,6 +37,10 @@ class Calibration:
     validation_tokens: float
     overhead_seconds: float
     runs: tuple[str, ...]
+
+    def is_by(self, run: str) -> bool:
+        """Whether this run's own figures are among those it was measured by."""
+        return Path(run).resolve() in {Path(each).resolve() for each in self.runs}
 
 
 def read_summary(run: str, key: str = "run") -> dict[str, Any]:
@@ -86,7 +91,7 @@ def _again(run: PlannedRun) -> float:
 def calibrate(runs: list[str]) -> list[Calibration]:
     """Measure by finished runs; several of one machine and precision are added up.
 
-    Runs that have not finished are left out, with one warning.
+    Runs that have not finished, or took fewer than LEAST_STEPS steps, are left out with one warning.
 
     Raises:
         UserError: no run is left, or one ran on hardware that the table does not know.
@@ -99,12 +104,16 @@ def calibrate(runs: list[str]) -> list[Calibration]:
             left_out.append(f"{run} (no summary.json; it is written when a run ends)")
             continue
         summary = read_summary(run, "calibrate")
+        if summary["global_step"] < LEAST_STEPS:
+            left_out.append(f"{run} ({summary['global_step']} steps)")
+            continue
         if not summary.get("hardware"):
             raise UserError(f"calibrate: {run} ran on {summary.get('device')}, which configs/hardware.yaml lacks")
         groups.setdefault((summary["hardware"], summary["precision"]), []).append((run, summary))
-    require(bool(groups), f"calibrate: no run to measure by; left out: {', '.join(left_out)}")
+    told = f"needed are {LEAST_STEPS} steps of a finished run; left out: {', '.join(left_out)}"
+    require(bool(groups), f"calibrate: no run to measure by: {told}")
     if left_out:
-        log.warning("calibrate: left out: %s", ", ".join(left_out))
+        log.warning("calibrate: %s", told)
     found = []
     for (hardware, precision), members in groups.items():
         units = [summary["cores"] or summary["devices"] for _, summary in members]
