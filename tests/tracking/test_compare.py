@@ -107,7 +107,13 @@ def test_the_picture_has_units_and_the_front() -> None:
     assert figure.axes[2].texts[0].get_text() == "not logged by these runs"
 
 
-def test_what_is_no_run_is_said(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_run_is_said(project: Path, capsys: pytest.CaptureFixture) -> None:
+    for options in ([], ["--json"]):
+        with pytest.raises(SystemExit) as refused:
+            main(["compare", *options])
+        error = capsys.readouterr().err
+        assert refused.value.code == 2 and error.startswith("error: runs: name at least one run"), error
+    assert not Path("compare.png").exists()
     with pytest.raises(UserError, match="holds neither a run"):
         read_runs(["configs"])
     with pytest.raises(UserError, match="no run nothing/at/all/here"):

@@ -18,6 +18,7 @@ def compare(runs: list[str], out: str = "compare.png", json: bool = False) -> No
     from frugal.tracking.compare import comparison_figure, config_differences, metric_table, report
     from frugal.tracking.read_runs import read_runs
 
+    require(bool(runs), "runs: name at least one run or folder of runs, such as runs/base")
     require(Path(out).suffix in (".png", ".svg", ".pdf"), f"out: {out} must end in .png, .svg or .pdf")
     found = read_runs(runs)
     if json:
