@@ -81,6 +81,7 @@ def test_the_same_run_from_its_folder_and_from_the_offline_file(
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     (own,), (offline,) = read_runs([str(folder)]), read_runs([str(file)])
     assert own.name == offline.name == f"base/{folder.name}"
+    assert len(read_runs([str(folder), str(file)])) == 1  # the same run
     assert own.config == offline.config
     for axis in AXES:
         assert curve(own, axis) == [pytest.approx(point) for point in curve(offline, axis)] != []
@@ -95,6 +96,27 @@ def test_the_same_run_from_its_folder_and_from_the_offline_file(
     shown = capsys.readouterr().out
     assert "| `model.transformer.d_ff` | 32 | 64 |" in shown and "optimizer" not in shown
     assert Path("side.png").stat().st_size > 20_000
+
+
+def test_runs_that_are_called_alike_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, place in enumerate(("a/runs/base/x", "b/runs/base/x", "a/runs/base/y", "a/old/base/y")):
+        Path(place).mkdir(parents=True)
+        Path(place, "metrics.jsonl").write_text(f'{{"step": {number}}}\n')
+    Path("again").symlink_to("a")
+
+    def named(*sources: str) -> dict[str, int]:
+        return {run.name: run.rows[0]["step"] for run in read_runs(sources)}
+
+    both = {"a/runs/base/x": 0, "b/runs/base/x": 1}
+    assert named("a/runs/base/x", "b/runs/base/x") == both
+    assert named("a/runs/base", "a/runs/base/x", "again/runs", "./b/../a/runs") == {"base/x": 0, "base/y": 2}
+    assert named("a/runs", "b/runs") == {**both, "base/y": 2}
+    assert named("a/runs/base/y", "a/old") == {"runs/base/y": 2, "old/base/y": 3}
+    rows = metric_table(read_runs(["a/runs", "b"]))[1]
+    assert [row[0] for row in rows] == ["a/runs/base/x", "base/y", "b/runs/base/x"]
+    monkeypatch.chdir("a/runs/base/x")
+    assert named(".") == {"base/x": 0}
 
 
 def test_the_picture_has_units_and_the_front() -> None:

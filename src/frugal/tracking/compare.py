@@ -171,7 +171,8 @@ def comparison_figure(runs: Sequence[RunData]) -> Figure:
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     key = loss_of(runs)
-    groups = list(dict.fromkeys(run.name.split("/")[0] for run in runs))
+    experiments = [run.name.rpartition("/")[0] or run.name for run in runs]
+    groups = list(dict.fromkeys(experiments))
     single = len(runs) <= len(OKABE_ITO)
     figure = new_figure(figsize=(11, 7.5))
     panels = figure.subplots(2, 2, sharey=True).ravel()
@@ -181,7 +182,7 @@ def comparison_figure(runs: Sequence[RunData]) -> Figure:
             points = [point for point in curve(run, axis, key) if point[0] > 0 and math.isfinite(point[1])]
             if not points:
                 continue
-            kind = number if single else groups.index(run.name.split("/")[0])
+            kind = number if single else groups.index(experiments[number])
             colour = OKABE_ITO[kind % len(OKABE_ITO)]
             marker = "osD^vPX*"[(kind if single else kind // len(OKABE_ITO)) % 8]
             panel.plot(

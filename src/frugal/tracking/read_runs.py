@@ -7,9 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from typing import Any
 
 from frugal.errors import UserError, require
@@ -38,7 +38,9 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def read_runs(sources: Iterable[str]) -> list[RunData]:
-    """Read runs from what users name.
+    """Read runs from what users name; one that is named twice is read once.
+
+    Different runs that are called alike get as much of the path that leads to them as tells them apart.
 
     Args:
         sources: a run's folder, or one that holds runs at any depth; a .wandb file, or a folder that holds one;
@@ -47,26 +49,55 @@ def read_runs(sources: Iterable[str]) -> list[RunData]:
     Raises:
         UserError: nothing there, or the server does not answer.
     """
-    runs: list[RunData] = []
+    found: dict[PurePath, RunData] = {}
     for source in sources:
-        runs += _read(source)
-    return list({run.name: run for run in runs}.values())
+        found |= _read(source)
+    alike: dict[str, list[PurePath]] = {}
+    for origin, run in found.items():
+        alike.setdefault(run.name, []).append(origin)
+    leading = {origin: lead for name, origins in alike.items() for origin, lead in _leading(name, origins).items()}
+    return [replace(run, name=str(PurePath(*leading[o], run.name))) if leading[o] else run for o, run in found.items()]
 
 
-def _read(source: str) -> list[RunData]:
+def _leading(name: str, origins: Sequence[PurePath]) -> dict[PurePath, tuple[str, ...]]:
+    """The fewest folders before the name by which runs of this name differ; none for a single one."""
+    own = PurePath(name).parts
+    paths = {o: o.parts[: -len(own)] if o.parts[-len(own) :] == own else o.parts for o in origins}
+    for n in range(max(map(len, paths.values())) + 1):
+        ends = {origin: parts[max(len(parts) - n, 0) :] for origin, parts in paths.items()}
+        if len(set(ends.values())) == len(origins):
+            break
+    return ends
+
+
+def _read(source: str) -> dict[PurePath, RunData]:
+    """Runs by where they are; W&B's file in a run's folder is that run."""
     path = Path(source)
     if path.is_file() and path.suffix == ".wandb":
-        return [read_wandb_file(path)]
+        return {_origin(path): read_wandb_file(path)}
     if path.is_dir():
         folders = sorted({file.parent for file in path.rglob("metrics.jsonl")})
         if folders:
-            return [read_folder(folder) for folder in folders]
+            return {folder.resolve(): read_folder(folder) for folder in folders}
         if files := sorted(path.rglob("*.wandb")):
-            return [read_wandb_file(file) for file in files]
+            return {_origin(file): read_wandb_file(file) for file in files}
         raise UserError(f"runs: {source} holds neither a run (metrics.jsonl) nor W&B's files (*.wandb)")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", source):
         return read_online(source)
     raise UserError(f"runs: no run {source}: name a folder, a .wandb file, or ENTITY/PROJECT")
+
+
+def _origin(file: Path) -> PurePath:
+    """The run's folder that W&B's file lies in, as wandb/offline-run-DATE-ID/run-ID.wandb; without one, the file.
+
+    A run that went on has several such files, of the same name.
+    """
+    file = file.resolve()
+    place = file.parent
+    if not re.match(r"(offline-)?run-", place.name):
+        return file
+    folder = place.parent.parent
+    return folder if (folder / "metrics.jsonl").is_file() else place.parent / file.name
 
 
 def read_folder(folder: Path) -> RunData:
@@ -78,7 +109,8 @@ def read_folder(folder: Path) -> RunData:
     # A row without a step, or a value that is null, is no measurement.
     logged = [row for row in read_lines(run.metrics) if row.get("step") is not None]
     rows = [{key: value for key, value in row.items() if value is not None} for row in logged]
-    return RunData(f"{folder.parent.name}/{run.id}", flat(config), rows, summary)
+    place = folder.resolve()
+    return RunData(f"{place.parent.name}/{place.name}", flat(config), rows, summary)
 
 
 def read_wandb_file(file: Path) -> RunData:
@@ -116,17 +148,19 @@ def _row(item: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": item.get("trainer/global_step", item.get("_step")), **row}
 
 
-def read_online(path: str) -> list[RunData]:
-    """Runs of a W&B project, or one of them by its id."""
+def read_online(path: str) -> dict[PurePath, RunData]:
+    """Runs of a W&B project, or one of them by its id, by ENTITY/PROJECT/ID."""
     import wandb
 
     try:
         api = wandb.Api(timeout=20)
         # No list() around these: it asks for the length first, and takes an error in that for an empty project.
-        found = [
-            RunData(str(run.name), flat(dict(run.config)), [_row(row) for row in run.scan_history()], dict(run.summary))
+        found = {
+            PurePath(*path.split("/")[:2], str(run.id)): RunData(
+                str(run.name), flat(dict(run.config)), [_row(row) for row in run.scan_history()], dict(run.summary)
+            )
             for run in ([api.run(path)] if path.count("/") == 2 else api.runs(path))
-        ]
+        }
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
