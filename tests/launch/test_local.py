@@ -208,7 +208,7 @@ def test_a_launcher_that_ends_leaves_runs_that_go_on_later(queue: Path, launcher
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["none.yaml"], "config: no file"),
+        (["base", "none.yaml"], "configs: no file"),
         (["base", "--seeds", "1", "1"], "seeds: each only once"),
         (["base", "--grid", "lr"], "grid: write key=value,value"),
         (["base", "--at_once", "0"], "at_once: must be positive"),
@@ -222,3 +222,4 @@ def test_refusals_are_one_line(queue: Path, args: list[str], line: str, capsys: 
         main(["launch", "local", *args])
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.count("\n") == 1 and line in err, err
+    assert not all_jobs(Path("runs"))

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -194,8 +193,22 @@ def test_the_shipped_clusters_are_valid() -> None:
         load_cluster(path)
 
 
-def test_no_slurm_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    with pytest.raises(SystemExit):
-        main(["launch", "slurm", "base"])
-    assert capsys.readouterr().err.startswith("error: launch: no sbatch here")
+def test_what_cannot_be_submitted_is_one_line_and_leaves_nothing(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (project / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(project / "bin"))
+    (project / "abacus.yaml").write_text("hardware: abacus\n")
+
+    def refusal(*words: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["launch", "slurm", "base", *words])
+        assert stopped.value.code == 2 and not all_jobs(Path("runs")) and not Path("runs").exists()
+        return capsys.readouterr().err
+
+    assert refusal().startswith("error: launch: no sbatch here")
+    (project / "bin/sbatch").write_text("")
+    (project / "bin/sbatch").chmod(0o755)
+    assert "no row 'abacus'" in refusal("--cluster", "abacus.yaml")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert refusal() == 'error: launch: Slurm needs submitit: pip install -e ".[slurm]"\n'

@@ -32,10 +32,11 @@ def local(
         options: for train.py fit; all that stands behind --.
         root: folder of runs whose stopped jobs to go on with.
     """
-    from frugal.errors import UserError
+    from frugal.errors import UserError, require
     from frugal.launch.jobs import jobs_for
     from frugal.launch.local import run_jobs
 
+    require(at_once > 0, f"at_once: must be positive, got {at_once}")  # before any folder is made
     if configs:
         jobs = jobs_for(configs, seeds, parse_grid(grid), options, priority)
     else:
@@ -80,11 +81,12 @@ def slurm(
 
     from frugal.errors import UserError
     from frugal.launch.jobs import jobs_for
-    from frugal.launch.slurm import load_cluster, submit
+    from frugal.launch.slurm import load_cluster, require_slurm, submit
 
     profile = load_cluster(Path(cluster))
     if hours is not None and hours <= 0:
         raise UserError(f"hours: must be positive, got {hours}")
+    require_slurm(profile)
     if configs:
         jobs = jobs_for(configs, seeds, parse_grid(grid), options, priority, "slurm")
     else:

@@ -141,10 +141,10 @@ def jobs_for(
     ]  # one empty point without a grid
     found = []
     every_seed: Sequence[int | None] = list(seeds) or [None]
-    for config, point, seed in itertools.product(configs or [""], points, every_seed):
-        overlays = [where / part for part in config.split("+") if part not in ("", "base")]
-        if missing := [path for path in overlays if not path.is_file()]:
-            raise UserError(f"config: no file {missing[0]}")
+    layered = [[where / part for part in config.split("+") if part not in ("", "base")] for config in configs or [""]]
+    if missing := [path for overlays in layered for path in overlays if not path.is_file()]:
+        raise UserError(f"configs: no file {missing[0]}")
+    for overlays, point, seed in itertools.product(layered, points, every_seed):
         run = _run_of([where / "configs/base.yaml", *overlays], options)
         folder = _new_folder(where, run)
         varied = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in point]

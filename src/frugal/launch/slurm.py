@@ -8,6 +8,7 @@ submitit's own requeueing is used: the handlers of both are replaced.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 import os
 import shutil
@@ -187,17 +188,30 @@ def planned_hours(jobs: Sequence[Job], cluster: Cluster) -> float | None:
     return min(cluster.hours, 1.5 * longest / 3600 + 1 / 6)
 
 
+def require_slurm(cluster: Cluster) -> None:
+    """Refuse what cannot be submitted, before any folder is made.
+
+    Raises:
+        UserError: there is no sbatch or no submitit here, or no such row of hardware.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("launch: no sbatch here; run on a machine of the cluster, or use `frugal launch local`")
+    if importlib.util.find_spec("submitit") is None:
+        raise UserError('launch: Slurm needs submitit: pip install -e ".[slurm]"')
+    if cluster.hardware is not None:
+        choose_hardware(load_hardware("configs/hardware.yaml"), "", cluster.hardware)
+
+
 def submit(jobs: Sequence[Job], cluster: Cluster, hours: float | None = None, retries: int = 2) -> list[Job]:
     """Submit jobs of one priority as an array (a single one as such); returns them with Slurm's numbers.
 
     Raises:
         UserError: there is no Slurm here, or it refuses.
     """
+    require_slurm(cluster)
     import submitit
 
     hours = planned_hours(jobs, cluster) if hours is None else hours
-    if shutil.which("sbatch") is None:
-        raise UserError("launch: no sbatch here; run on a machine of the cluster, or use `frugal launch local`")
     folder = jobs[0].folder.parent.parent / ".queue/slurm"
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=10**6)
     name = jobs[0].name if len({job.name for job in jobs}) == 1 else "frugal"
