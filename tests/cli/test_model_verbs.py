@@ -76,3 +76,15 @@ def test_a_run_is_counted_at_its_own_length_and_a_shape_at_4096(capsys: pytest.C
         )
         lengths.append(json.loads(capsys.readouterr().out)["flops_per_token"]["seq_len"])
     assert lengths == [256, 4096, 9]
+
+
+def test_an_imported_model_is_counted_at_its_own_length(project: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("hf").mkdir()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    values = {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 256, **sizes}
+    Path("hf/config.json").write_text(json.dumps(values))
+    main(["import", "hf", "mine.yaml"])
+    told = capsys.readouterr().out
+    assert "FLOPs per token, forward, 256 tokens" in told and "4,096" not in told
+    main(["count", "mine.yaml"])
+    assert told.startswith(capsys.readouterr().out.rstrip("\n"))

@@ -109,6 +109,31 @@ def test_the_verb(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
         assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
+def test_the_length_is_the_config_s_own_and_depth_takes_its_time(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+
+    def listed(*options: str) -> dict:
+        main(["shapes", *options, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    base, preset = read_transformer("configs/base.yaml"), "configs/model/olmoe_1b_7b.yaml"
+    content = listed("configs/base.yaml", "--budget", "flops")
+    assert content["budget"]["value"] == cost(base, "flops", 256)
+    assert listed(preset, "--budget", "flops")["budget"]["value"] == cost(read_transformer(preset), "flops", 4096)
+    # So small that launching kernels is all: 25 ms, 2.2 for the dense layer (if any) and 7 for each mixture.
+    assert base.moe
+    dense = base.moe.first_k_dense
+    for row in content["shapes"]:
+        assert row["step_seconds"] == pytest.approx(0.025 + 0.0022 * dense + 0.007 * (row["n_layers"] - dense))
+    for speed in (["--mfu", "0.3"], ["--tflops", "300"]):  # all overheads are in it
+        for row in listed("configs/base.yaml", *speed)["shapes"]:
+            assert row["step_seconds"] < 0.01
+    main(["shapes", "configs/base.yaml"])
+    assert "FLOP/token: at 256 tokens" in capsys.readouterr().out
+
+
 def test_shapes_need_no_torch() -> None:
     code = (
         "import sys; from frugal.cli.verbs import main; main(['shapes', 'configs/base.yaml']); "

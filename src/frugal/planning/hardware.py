@@ -89,16 +89,13 @@ def choose_hardware(rows: list[Hardware], device_name: str, wanted: str = "auto"
     return matching[0] if matching else None
 
 
-def achieved_flops(
-    name: str, precision: str, mfu: float, tflops: float | None = None, file: str = "configs/hardware.yaml"
-) -> tuple[float | None, str]:
+def achieved_flops(row: Hardware, precision: str, mfu: float, tflops: float | None = None) -> tuple[float | None, str]:
     """FLOP/s that training is assumed to achieve, and the assumption in words; None for a row without that peak."""
+    name = row.name
     if tflops is not None:
         if tflops <= 0:
             raise UserError(f"tflops: must be positive, got {tflops}")
         return tflops * 1e12, f"{tflops:g} TFLOP/s achieved, as given"
-    row = choose_hardware(load_hardware(file), "", name)
-    assert row is not None
     if precision not in row.peak_tflops:
         known = ", ".join(row.peak_tflops) or "none"
         return None, f"unknown, {name} has no peak for {precision} (it has {known}); give --tflops"

@@ -61,6 +61,11 @@ def read_shape(path: str) -> BlocksConfig:
     return parser.instantiate(parser.parse_object({"transformer": values})).transformer
 
 
+def own_length(path: str) -> int:
+    """Tokens per sequence at which a file's model is counted: a run's own, and 4,096 of a bare shape."""
+    return read_shape(path).max_seq_len if is_run(read_layers(path)) else 4096
+
+
 def read_layers(path: str) -> dict[str, Any]:
     """What a YAML file holds; of several joined by `+`, each lies upon those before it.
 

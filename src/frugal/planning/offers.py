@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from frugal.model.config import count_parameters, flops_per_token
+from frugal.model.config import TransformerConfig, count_parameters, flops_per_token
 from frugal.planning.calibration import Calibration
 from frugal.planning.communication import Traffic, bytes_per_step
 from frugal.planning.hardware import Hardware
@@ -209,7 +209,7 @@ def _seconds(
         return run.flops / speed + validation, f"MFU {mfu:.1%} as given"
     seconds, basis = work / speed * again, f"MFU {MFU:.0%} assumed"
     if not row.per_core:
-        floor = run.steps * (STEP + _rounds(run, load) * _launching(run))
+        floor = run.steps * step_floor(run.model, _rounds(run, load), run.compiled)
         if floor > seconds:
             seconds, basis = floor, "kernel launches, assumed"
         if row.bandwidth_gb_s:
@@ -220,13 +220,13 @@ def _seconds(
     return seconds + validation + OVERHEAD[row.per_core] + COMPILING * run.compiled, basis + note
 
 
-def _launching(run: PlannedRun) -> float:
-    """Seconds in which all kernels of a micro-batch are launched."""
-    layers = run.model.n_layers + run.model.n_mtp
-    if run.compiled:
-        return layers * LAUNCH["compiled"]
-    dense = min(run.model.moe.first_k_dense, layers) if run.model.moe else layers
-    return dense * LAUNCH["dense"] + (layers - dense) * LAUNCH["mixture"]
+def step_floor(model: TransformerConfig, micro_batches: int = 1, compiled: bool = False) -> float:
+    """Seconds in which the kernels of a GPU's step are launched: no step is shorter, however fast the GPU."""
+    layers = model.n_layers + model.n_mtp
+    if compiled:
+        return STEP + micro_batches * layers * LAUNCH["compiled"]
+    dense = min(model.moe.first_k_dense, layers) if model.moe else layers
+    return STEP + micro_batches * (dense * LAUNCH["dense"] + (layers - dense) * LAUNCH["mixture"])
 
 
 def _with_communication(run: PlannedRun, row: Hardware, load: Load, compute: float, basis: str) -> tuple[float, str]:

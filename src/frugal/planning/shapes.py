@@ -16,6 +16,7 @@ from frugal.model.config import (
     kv_cache_bytes_per_token,
     state_memory,
 )
+from frugal.planning.offers import step_floor
 from frugal.units import short
 
 Kind = Literal["params", "active", "flops"]
@@ -165,14 +166,22 @@ def equal_shapes(base: TransformerConfig, budget: Budget, seq_len: int, toleranc
 
 
 def shape_row(
-    config: TransformerConfig, budget: Budget, seq_len: int, flops_per_second: float | None, tokens_per_step: int
+    config: TransformerConfig,
+    budget: Budget,
+    seq_len: int,
+    flops_per_second: float | None,
+    tokens_per_step: int,
+    launched: bool = False,
 ) -> dict[str, Any]:
     """Everything about one shape as plain numbers.
 
-    `step_seconds` is training FLOPs over `flops_per_second`, what the device achieves; None if that is unknown.
+    `step_seconds` is training FLOPs over `flops_per_second`, what the device achieves; None if that is unknown. With
+    `launched` it is no less than what launching the kernels of one micro-batch takes, which grows with the depth.
     """
     counts, flops = count_parameters(config), flops_per_token(config, seq_len)
     seconds = flops.training * tokens_per_step / flops_per_second if flops_per_second else None
+    if seconds is not None and launched:
+        seconds = max(seconds, step_floor(config))
     return {
         "n_layers": config.n_layers,
         "d_model": config.d_model,
