@@ -1,6 +1,7 @@
 """Plans against published arithmetic and by hand."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from frugal.cli.plan import _plain
 from frugal.cli.verbs import main
 from frugal.errors import UserError
 from frugal.model.config import flops_per_token, muon_flops
@@ -147,8 +149,22 @@ def test_marks() -> None:
     rows = [offer(10, 5), offer(100, 1), offer(50, 2), offer(60, 3), offer(1, 1, fits=False), offer(None, None)]
     assert marks(rows) == ["fastest", "cheapest", "Pareto", "", "", ""]
     assert marks(rows[:1]) == ["cheapest, fastest"] and marks(rows[4:]) == ["", ""]
+    tie = [offer(10.0, 5), offer(10.1, 4), offer(9.99, 6), offer(100, 1)]
+    assert marks(tie) == ["", "fastest", "", "cheapest"]  # not the dearer ones that are as fast
     bound = offer(1, 1, basis="MFU 30% assumed; links unknown")
     assert marks([bound, *rows[:2]]) == ["", "fastest", "cheapest"] and marks([bound]) == ["cheapest, fastest"]
+
+
+def test_figures_are_written_out(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert [_plain(v) for v in (0.0, 5.576e6, 15123.4, 999.96, 12.3456, 0.0430617)] == [
+        "0", "5,576,000", "15,123", "1,000.0", "12.35", "0.04306"
+    ]  # fmt: skip
+    known = ["--tokens", "14.8T", "--devices", "2048", "--hardware", "h800", "--mfu", "0.391"]
+    main(["plan", "configs/model/deepseek_v3.yaml", *known])
+    out = capsys.readouterr().out
+    assert re.search(r" 2,66\d,\d{3} +\$5,3\d\d,\d{3} ", out) and "e+0" not in out
+    assert "fastest: the cheapest of all within 2% of the least time" in out
 
 
 def test_plan_calibrate_and_audit(train: object, capsys: pytest.CaptureFixture) -> None:

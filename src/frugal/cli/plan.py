@@ -121,7 +121,15 @@ def _number(text: str) -> float:
     return number
 
 
+def _plain(value: float) -> str:
+    """Four digits at least, without an exponent: 15,123 and 0.04306."""
+    from math import floor, log10
+
+    return f"{value:,.{max(3 - floor(log10(value)), 0) if value > 0 else 0}f}"
+
+
 def _print_plan(config: str, run: Any, rows: list[dict[str, Any]], calibrated: bool) -> None:
+    from frugal.planning.offers import TIE
     from frugal.units import duration, gib, short
 
     print(
@@ -153,8 +161,8 @@ def _print_plan(config: str, run: Any, rows: list[dict[str, Any]], calibrated: b
                 "yes" if row["fits"] else "no",
                 gib(row["sent_bytes_per_step"]) if row["devices"] > 1 and row["sent_bytes_per_step"] else "",
                 "?" if row["seconds"] is None else duration(row["seconds"]),
-                "?" if row["seconds"] is None else f"{row['device_hours']:,.4g}",
-                "?" if row["dollars"] is None else f"${row['dollars']:,.4g}",
+                "?" if row["seconds"] is None else _plain(row["device_hours"]),
+                "?" if row["dollars"] is None else f"${_plain(row['dollars'])}",
                 "?" if row["joules"] is None else short(row["joules"], "J"),
                 row["mark"],
                 row["basis"],
@@ -164,7 +172,8 @@ def _print_plan(config: str, run: Any, rows: list[dict[str, Any]], calibrated: b
     )
     print(
         "recompute: model.activation_checkpointing. Dollars, watts and links: configs/hardware.yaml, with sources; "
-        "weights and gradients travel while devices compute."
+        f"weights and gradients travel while devices compute. fastest: the cheapest of all within {TIE - 1:.0%} of the "
+        "least time. Pareto: none is both faster and cheaper."
         + ("" if calibrated else " Better figures for this machine: frugal plan --calibrate RUN.")
     )
     if run.left_out:
@@ -187,7 +196,7 @@ def _print_audit(run: str, rows: list[dict[str, Any]], calibrated: bool) -> None
     def shown(value: float | None, unit: str) -> str:
         if value is None:
             return "?"
-        return {"bytes": gib, "s": duration, "$": lambda v: f"${v:.4g}"}.get(unit, lambda v: short(v, unit))(value)
+        return {"bytes": gib, "s": duration, "$": lambda v: f"${_plain(v)}"}.get(unit, lambda v: short(v, unit))(value)
 
     print(f"{run}, planned {'with' if calibrated else 'without'} calibration")
     _print_table(
