@@ -209,6 +209,6 @@ def test_what_cannot_be_submitted_is_one_line_and_leaves_nothing(
     assert refusal().startswith("error: launch: no sbatch here")
     (project / "bin/sbatch").write_text("")
     (project / "bin/sbatch").chmod(0o755)
-    assert "no row 'abacus'" in refusal("--cluster", "abacus.yaml")
+    assert "error: cluster: hardware: no row 'abacus'" in refusal("--cluster", "abacus.yaml")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert refusal() == 'error: launch: Slurm needs submitit: pip install -e ".[slurm]"\n'

@@ -233,13 +233,14 @@ def test_bad_requests_are_one_line(project: Path, capsys: pytest.CaptureFixture)
     Path("half.yaml").write_text("model: {tf32: true}\ntrainer: {precision: bf16-mixed, max_steps: 10}\n")
     for arguments, message in (
         ([], "experiment: name an experiment"),
-        (["configs/base.yaml+nothing.yaml"], "shape: no file nothing.yaml"),
+        (["configs/base.yaml+nothing.yaml"], "experiment: no file nothing.yaml"),
         (["configs/model/deepseek_v3.yaml"], "tokens: configs/model/deepseek_v3.yaml is a shape without a run"),
         (["configs/base.yaml", "--tokens", "many"], "tokens: 'many' is no number"),
         (["configs/base.yaml", "--mfu", "3"], "mfu: must lie between 0 and 1"),
         (["half.yaml"], "model.tf32: trainer.precision bf16-mixed leaves no products in float32"),
         (["configs/base.yaml", "--precision", "8-true"], "precision: 8-true is not planned for"),
-        (["configs/base.yaml", "--hardware", "abacus"], "no row 'abacus'"),
+        (["configs/base.yaml", "--hardware", "abacus"], "error: hardware: no row 'abacus'"),
+        (["configs/studies/quick.yaml"], "experiment: configs/studies/quick.yaml is a savings study"),
         (["--audit", "nowhere"], "audit: no summary.json in nowhere"),
         (["--calibrate", "nowhere"], "calibrate: no folder nowhere"),
     ):

@@ -101,7 +101,7 @@ def test_the_verb(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
     for arguments, message in (
         (["--budget", "x"], "budget: 'x'"),
         (["--mfu", "0"], "mfu"),
-        (["--hardware", "abacus"], "no row 'abacus'"),
+        (["--hardware", "abacus"], "error: hardware: no row 'abacus'"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["shapes", "configs/base.yaml", *arguments])

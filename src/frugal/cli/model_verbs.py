@@ -67,7 +67,7 @@ def shapes(
     base = read_transformer(shape)
     length = seq_len or own_length(shape)
     wanted = Budget.parse(budget, base, length)
-    row = choose_hardware(load_hardware("configs/hardware.yaml"), "", hardware)
+    row = choose_hardware(load_hardware("configs/hardware.yaml"), "", hardware, "hardware")
     assert row is not None
     speed, assumption = achieved_flops(row, precision, mfu or MFU, tflops)
     launched = speed is not None and mfu is None and tflops is None and not row.per_core

@@ -81,7 +81,7 @@ def plan(
         run = replace(run, precision=precision)
     bytes_of(run.precision)
     table = load_hardware(HARDWARE_FILE)
-    chosen = [choose_hardware(table, "", name) for name in hardware] if hardware else table
+    chosen = [choose_hardware(table, "", name, "hardware") for name in hardware] if hardware else table
     offers = [
         make_offer(run, row, n, mfu, known, extra_device_hours)
         for row in chosen

@@ -170,7 +170,7 @@ def planned_hours(jobs: Sequence[Job], cluster: Cluster) -> float | None:
     """
     if cluster.hardware is None:
         return None
-    row = choose_hardware(load_hardware("configs/hardware.yaml"), "", cluster.hardware)
+    row = choose_hardware(load_hardware("configs/hardware.yaml"), "", cluster.hardware, "cluster: hardware")
     assert row is not None
     devices = cluster.nodes * cluster.tasks_per_node * (cluster.cpus_per_task if row.per_core else 1)
     longest = 0.0
@@ -199,7 +199,7 @@ def require_slurm(cluster: Cluster) -> None:
     if importlib.util.find_spec("submitit") is None:
         raise UserError('launch: Slurm needs submitit: pip install -e ".[slurm]"')
     if cluster.hardware is not None:
-        choose_hardware(load_hardware("configs/hardware.yaml"), "", cluster.hardware)
+        choose_hardware(load_hardware("configs/hardware.yaml"), "", cluster.hardware, "cluster: hardware")
 
 
 def submit(jobs: Sequence[Job], cluster: Cluster, hours: float | None = None, retries: int = 2) -> list[Job]:

@@ -118,7 +118,7 @@ def calibrate(runs: list[str]) -> list[Calibration]:
     for (hardware, precision), members in groups.items():
         units = [summary["cores"] or summary["devices"] for _, summary in members]
         seconds = [training_seconds(summary) for _, summary in members]
-        plans = [read_run(str(Path(run) / "config.yaml")) for run, _ in members]
+        plans = [read_run(str(Path(run) / "config.yaml"), key="calibrate") for run, _ in members]
         done = [
             summary["flops"] * _again(plan) / n for (_, summary), plan, n in zip(members, plans, units, strict=True)
         ]

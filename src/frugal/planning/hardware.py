@@ -78,12 +78,18 @@ def load_hardware(path: str) -> list[Hardware]:
     return rows
 
 
-def choose_hardware(rows: list[Hardware], device_name: str, wanted: str = "auto") -> Hardware | None:
-    """The row called `wanted`, or for `auto` the one that matches the device's name; None if none does."""
+def choose_hardware(
+    rows: list[Hardware], device_name: str, wanted: str = "auto", key: str = "cost.hardware"
+) -> Hardware | None:
+    """The row called `wanted`, or for `auto` the one that matches the device's name; None if none does.
+
+    Raises:
+        UserError: no row is called `wanted`, which `key` has.
+    """
     if wanted != "auto":
         named = [row for row in rows if row.name == wanted]
         if not named:
-            raise UserError(f"cost.hardware: no row {wanted!r}; there are {', '.join(row.name for row in rows)}")
+            raise UserError(f"{key}: no row {wanted!r}; there are {', '.join(row.name for row in rows)}")
         return named[0]
     matching = [row for row in rows if any(re.search(rf"\b{part}\b", device_name, re.I) for part in row.match)]
     return matching[0] if matching else None

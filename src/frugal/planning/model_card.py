@@ -21,22 +21,23 @@ from frugal.overlay import overlaid, read_mapping
 SECTIONS = {"run", "data", "trainer", "freezing", "checkpoint", "cost", "samples", "expert_bias", "diagnostics"}
 
 
-def read_transformer(path: str) -> TransformerConfig:
-    """The shape of a language model, as `read_shape` finds it.
+def read_transformer(path: str, key: str = "shape") -> TransformerConfig:
+    """The shape of a language model, as `read_shape` finds it; `key` is the argument that named the file.
 
     Raises:
         UserError: as there, or it is an image classifier's.
         argparse.ArgumentError: as there.
     """
-    shape = read_shape(path)
-    require(isinstance(shape, TransformerConfig), f"shape: {path} is an image classifier; this is for language models")
+    shape = read_shape(path, key)
+    require(isinstance(shape, TransformerConfig), f"{key}: {path} is an image classifier; this is for language models")
     return cast(TransformerConfig, shape)
 
 
-def read_shape(path: str) -> BlocksConfig:
+def read_shape(path: str, key: str = "shape") -> BlocksConfig:
     """The shape in a file of `configs/model/`, in a whole config (`configs/base.yaml`, a run's), or in an experiment.
 
-    An experiment is an overlay on `configs/base.yaml`, which is looked for in the current folder.
+    An experiment is an overlay on `configs/base.yaml`, which is looked for in the current folder. `key` is the argument
+    that named the file.
 
     Raises:
         UserError: no such file, no YAML mapping in it, or an experiment with a model of another class.
@@ -44,7 +45,7 @@ def read_shape(path: str) -> BlocksConfig:
     """
     from jsonargparse import ArgumentParser
 
-    values = read_layers(path)
+    values = read_layers(path, key)
     if is_run(values):
         values = on_base(values)
         model = values.get("model") or {}
@@ -52,10 +53,10 @@ def read_shape(path: str) -> BlocksConfig:
         shape = model.get("init_args", model).get("transformer") or {}
         require(
             bool(shape) or kind in ("LanguageModel", "ImageClassifier"),
-            f"shape: {path} trains a {kind}; only our own transformer is counted by config",
+            f"{key}: {path} trains a {kind}; only our own transformer is counted by config",
         )
         values = _linked_to_data(values) | shape
-    require(bool(values), f"shape: {path} holds no transformer (see configs/model/ for its keys)")
+    require(bool(values), f"{key}: {path} holds no transformer (see configs/model/ for its keys)")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(VisionConfig if "patch_size" in values else TransformerConfig, "transformer")
     return parser.instantiate(parser.parse_object({"transformer": values})).transformer
@@ -66,7 +67,7 @@ def own_length(path: str) -> int:
     return read_shape(path).max_seq_len if is_run(read_layers(path)) else 4096
 
 
-def read_layers(path: str) -> dict[str, Any]:
+def read_layers(path: str, key: str = "shape") -> dict[str, Any]:
     """What a YAML file holds; of several joined by `+`, each lies upon those before it.
 
     Raises:
@@ -75,10 +76,10 @@ def read_layers(path: str) -> dict[str, Any]:
     layers = []
     for part in [path] if Path(path).is_file() else path.split("+"):
         if not Path(part).is_file():
-            raise UserError(f"shape: no file {part}")
+            raise UserError(f"{key}: no file {part}")
         layers.append(read_mapping(Path(part)))
         study = "question" in layers[-1]
-        require(not study, f"shape: {part} is a savings study (frugal savings); plan the config of a run")
+        require(not study, f"{key}: {part} is a savings study (frugal savings); plan the config of a run")
     return reduce(overlaid, layers)
 
 

@@ -74,7 +74,11 @@ class PlannedRun:
 
 
 def read_run(
-    path: str, tokens: float | None = None, seq_len: int | None = None, batch_tokens: int = 2**22
+    path: str,
+    tokens: float | None = None,
+    seq_len: int | None = None,
+    batch_tokens: int = 2**22,
+    key: str = "experiment",
 ) -> PlannedRun:
     """Read an experiment, a whole config, a run's, or a bare shape of `configs/model/`.
 
@@ -83,12 +87,13 @@ def read_run(
         tokens: train on so many; a bare shape has no length of its own.
         seq_len: in place of the config's; of a bare shape, 4096 or its longest.
         batch_tokens: tokens per step of a bare shape.
+        key: the argument that named the file.
 
     Raises:
         UserError: no such file, no model of ours in it, or a bare shape without `tokens`.
     """
-    model = read_transformer(path)
-    values = read_layers(path)
+    model = read_transformer(path, key)
+    values = read_layers(path, key)
     if not is_run(values):
         if tokens is None:
             raise UserError(f"tokens: {path} is a shape without a run; say how long to train, such as --tokens 1T")
