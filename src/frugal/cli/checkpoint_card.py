@@ -20,6 +20,13 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in tensors_in(part)]
 
 
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What tensors that are one and the same memory (tied embeddings) have in common."""
+    if not tensor.numel():
+        return (id(tensor),)
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
 def checkpoint_card(path: Path) -> dict[str, Any]:
     """Step, weights, optimizer and size of a checkpoint.
 
@@ -30,10 +37,13 @@ def checkpoint_card(path: Path) -> dict[str, Any]:
     weights, moments = tensors_in(content["state_dict"]), tensors_in(content.get("optimizer_states"))
 
     def described(tensors: list[torch.Tensor]) -> str:
-        kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        values = short(sum(tensor.numel() for tensor in tensors))
-        return f"{values} values in {len(tensors)} tensors, {short(size, 'B')}, {', '.join(kinds)}"
+        own = list({_place(tensor): tensor for tensor in tensors}.values())
+        kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in own})
+        size = sum(tensor.numel() * tensor.element_size() for tensor in own)
+        count = sum(tensor.numel() for tensor in own)
+        text = f"{short(count)} values in {len(own)} tensors, {short(size, 'B')}, {', '.join(kinds)}"
+        tied = sum(tensor.numel() for tensor in tensors) - count
+        return text + (f", and tied to them {short(tied)}" if tied else "")
 
     return {
         "file": str(path),
