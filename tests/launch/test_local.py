@@ -169,8 +169,10 @@ def test_cancelled_jobs_end_or_never_begin(queue: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     main(["launch", "status", "--json"])
     assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["cancelled", "cancelled"]
-    with pytest.raises(SystemExit):
-        main(["launch", "cancel", "base"])
+    for words, told in ((["base"], "no unfinished run base"), ([], "runs: name at least one, or all")):
+        with pytest.raises(SystemExit):
+            main(["launch", "cancel", *words])
+        assert told in capsys.readouterr().err
 
 
 FRUGAL = str(Path(sys.executable).parent / "frugal")

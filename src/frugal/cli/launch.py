@@ -136,10 +136,11 @@ def cancel(runs: list[str], root: str = DEFAULT_ROOT) -> None:
         runs: ids of runs, names of experiments, or all.
         root: folder of runs.
     """
-    from frugal.errors import UserError
+    from frugal.errors import UserError, require
     from frugal.launch.slurm import cancel as cancel_slurm
     from frugal.launch.state import cancel as cancel_local
 
+    require(bool(runs), "runs: name at least one, or all; see `frugal launch status`")
     open_jobs = [(job, state) for job, state in _states(root) if state in ("waiting", "running", "stopped")]
     for wanted in runs:
         if not any(wanted in ("all", job.id, job.name) for job, _ in open_jobs):

@@ -160,6 +160,8 @@ def report(runs: Sequence[RunData]) -> str:
     parts = ["## What differs", ""]
     if rows:
         parts.append(as_markdown(["key", *(run.name for run in runs)], rows))
+    elif len(runs) == 1:
+        parts.append("One run; name another to see how their configs differ.")
     else:
         parts.append("Nothing: the configs are the same." if all(run.config for run in runs) else "Not known.")
     parts += ["", "## What they reached and spent", "", as_markdown(*metric_table(runs))]
