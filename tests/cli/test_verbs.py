@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from frugal.cli.errors import one_line
 from frugal.cli.verbs import main
@@ -33,10 +34,10 @@ def test_generate_refuses_in_one_line(train: Callable[..., Path], capsys: pytest
     checkpoint = str(folder / "checkpoints/mine.ckpt")
     capsys.readouterr()
     for args, expected in {
-        ("none.ckpt",): "no file none.ckpt",
+        ("none.ckpt",): "error: checkpoint: no file none.ckpt",
         (str(folder),): "no checkpoints/best.ckpt or last.ckpt",
         (checkpoint, "--device", "cuda:7"): "device: 'cuda:7' is not available here",
-        ("text.txt",): "text.txt is no checkpoint, or holds",
+        ("text.txt",): "error: checkpoint: text.txt is no checkpoint, or holds",
         (checkpoint, "--top_p", "2"): "top_p: must lie in (0, 1], got 2.0",
         (checkpoint, "--temperature", "-1"): "temperature: must not be negative",
         (checkpoint, "--prompt", "lord " * 30): "leave no room; the model reads 16",
@@ -49,6 +50,24 @@ def test_generate_refuses_in_one_line(train: Callable[..., Path], capsys: pytest
         assert stopped.value.code == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and expected in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"armz": []}, "study.armz: there is no such key; did you mean study.arms?"),
+        ({"base": {"nam": "x"}}, "study.base.nam: there is no such key; did you mean study.base.name?"),
+    ],
+)
+def test_a_misspelt_key_of_a_study_is_told_with_the_right_one(
+    change: dict, line: str, project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    study = yaml.safe_load(Path("configs/studies/quick.yaml").read_text())
+    Path("train.py").touch()
+    Path("mine.yaml").write_text(yaml.safe_dump({**study, **change}))
+    with pytest.raises(SystemExit):
+        main(["savings", "mine.yaml"])
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_help_needs_no_torch() -> None:

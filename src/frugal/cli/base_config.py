@@ -9,11 +9,12 @@ import inspect
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import lightning.pytorch as pl
 import yaml
 
+from frugal.cli.errors import keys_of
 from frugal.errors import UserError
 from frugal.model.config import TransformerConfig
 from frugal.model.vision_config import VisionConfig
@@ -57,22 +58,7 @@ def class_keys(path: str, args: list[str]) -> list[str]:
     """Every key of the run's model and data classes, nested dataclasses included, as users write them."""
     base = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     kinds = {part: _load(_class_of(part, args) or base[part]["class_path"]) for part in ("model", "data")}
-    return [key for part, kind in kinds.items() if kind is not None for key in _keys(kind, part)]
-
-
-def _keys(kind: Any, prefix: str) -> list[str]:
-    found = []
-    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else None
-    try:
-        hints = get_type_hints(kind if fields is not None else kind.__init__)
-    except (NameError, TypeError):  # a class that hides its types
-        return []
-    for name, hint in hints.items():
-        if name in fields if fields is not None else name != "return":
-            inner = [option for option in (hint, *get_args(hint)) if dataclasses.is_dataclass(option)]
-            nested = [key for option in inner for key in _keys(option, f"{prefix}.{name}")]
-            found += nested or [f"{prefix}.{name}"]
-    return found
+    return [key for part, kind in kinds.items() if kind is not None for key in keys_of(kind, part)]
 
 
 def passed_the_wrong_way(args: list[str], keys: Iterable[str]) -> str | None:

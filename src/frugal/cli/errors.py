@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import difflib
 import inspect
 import re
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 from frugal.errors import UserError
 
@@ -106,7 +108,8 @@ def _no_key(name: str, message: str, known_keys: Iterable[str]) -> str:
         return f"{name}: {classes[-1].rpartition('.')[2]} reads no file; --config {OWN_TEXT} reads your text"
     own = [f"{place}.{key}" for key in inspect.signature(kind).parameters] if kind and len(classes) > 1 else []
     known = [key for key in [*own, *known_keys] if not name.startswith(f"{key}.")]
-    close = difflib.get_close_matches(name, known, n=1)
+    groups = [".".join(key.split(".")[: name.count(".") + 1]) for key in known]
+    close = difflib.get_close_matches(name, dict.fromkeys([*known, *groups]), n=1)
     return f"{name}: there is no such key" + (f"; did you mean {close[0]}?" if close else "")
 
 
@@ -165,6 +168,22 @@ def _given(message: str) -> str:
     found = next((found for form in forms if (found := re.search(form, message, re.MULTILINE))), None)
     value = found[1].strip("'") if found else ""
     return "" if value.startswith(("{", "Namespace(")) else value
+
+
+def keys_of(kind: Any, prefix: str) -> list[str]:
+    """Every key that a dataclass or another class takes, those of the dataclasses in it included."""
+    found = []
+    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else None
+    try:
+        hints = get_type_hints(kind if fields is not None else kind.__init__)
+    except (NameError, TypeError):  # a class that hides its types
+        return []
+    for name, hint in hints.items():
+        if name in fields if fields is not None else name != "return":
+            inner = [option for option in (hint, *get_args(hint)) if dataclasses.is_dataclass(option)]
+            nested = [key for option in inner for key in keys_of(option, f"{prefix}.{name}")]
+            found += nested or [f"{prefix}.{name}"]
+    return found
 
 
 def in_words(error: UserError | argparse.ArgumentError, known_keys: Iterable[str] = ()) -> str:

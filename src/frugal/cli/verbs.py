@@ -6,14 +6,15 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from frugal.cli.checkpoints import consolidate, inspect_, verify
 from frugal.cli.compare import compare, workspace
 from frugal.cli.curate import curate
-from frugal.cli.errors import one_line_errors
+from frugal.cli.errors import keys_of, one_line_errors
 from frugal.cli.launch import cancel, local, slurm, status
 from frugal.cli.model_verbs import count, export, import_, shapes
 from frugal.cli.plan import plan, with_experiment
@@ -21,6 +22,7 @@ from frugal.cli.prepare import prepare
 from frugal.cli.receipts import receipts
 from frugal.cli.savings import savings
 from frugal.cli.synthesize import synthesize
+from frugal.errors import UserError
 
 
 def generate(
@@ -49,7 +51,10 @@ def generate(
     """
     from frugal.training.inference import load_for_inference, sample_texts
 
-    model, tokenizer = load_for_inference(checkpoint, device)
+    try:
+        model, tokenizer = load_for_inference(checkpoint, device)
+    except UserError as error:  # train.py calls it ckpt_path
+        raise UserError(re.sub("^ckpt_path:", "checkpoint:", str(error))) from None
     texts = sample_texts(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, num_samples, speculative)
     print("\n---\n".join(texts))
 
@@ -82,6 +87,15 @@ def verb_of(arguments: list[str]) -> Callable[..., None] | None:
     """The verb that a command line begins with."""
     group = GROUPS.get(arguments[0]) if arguments else None
     return (group or VERBS).get("".join(arguments[1:2] if group else arguments[:1]))
+
+
+def known_keys(verb: Callable[..., None] | None) -> Iterator[str]:
+    """What a verb takes, for suggestions; those of a study's file are looked up only if one is needed."""
+    yield from inspect.signature(verb).parameters if verb else ()
+    if verb is savings:
+        from frugal.tracking.study import Study
+
+        yield from keys_of(Study, "study")
 
 
 def spell_out(arguments: list[str]) -> list[str]:
@@ -155,7 +169,7 @@ def main(args: list[str] | None = None) -> None:
             add(subcommands, name, function)
     given = sys.argv[1:] if args is None else args
     verb = verb_of(given)
-    with one_line_errors(inspect.signature(verb).parameters if verb else ()):
+    with one_line_errors(known_keys(verb)):
         arguments = spell_out(given)
         if not arguments:
             parser.print_help()
