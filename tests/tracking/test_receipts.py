@@ -11,7 +11,15 @@ import pytest
 
 from frugal.cli.verbs import main
 from frugal.errors import UserError
-from frugal.tracking.receipts import read_results, receipts_figure, receipts_table, result_of, techniques, write_result
+from frugal.tracking.receipts import (
+    StudyResult,
+    read_results,
+    receipts_figure,
+    receipts_table,
+    result_of,
+    techniques,
+    write_result,
+)
 from frugal.tracking.savings import Finding, compare
 from frugal.tracking.savings_report import axis_groups
 from frugal.tracking.statistics import Point, Ratio
@@ -114,7 +122,12 @@ def test_columns_are_one_only_where_intervals_and_verdicts_agree() -> None:
 
     assert axis_groups([finding(0.81)]) == [("flops", "seconds", "joules")]
     assert axis_groups([finding(1.3)]) == [("flops",), ("seconds", "joules")]
-    assert axis_groups([finding(1.3), finding(1.3, joules=False)]) == [("flops",), ("seconds",), ("joules",)]
+    # A finding without joules stands in the same column, which says so.
+    lacks = finding(1.3, joules=False)
+    assert axis_groups([finding(1.3), lacks]) == [("flops",), ("seconds", "joules")]
+    result = StudyResult("s", "?", "base", {}, [], 1, [1, 2, 3], 0.02, "m", "baseline", [], "2026-11-30", [lacks])
+    assert "[0.79, 1.30] (no joules)" in receipts_table([replace(result, findings=[finding(1.3), lacks])])
+    receipts_figure([replace(result, findings=[finding(1.3), replace(lacks, ratios={"flops": lacks.ratios["flops"]})])])
 
 
 def test_what_is_no_result_is_named(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def receipts_table(results: Sequence[StudyResult]) -> str:
     head = ["technique", *(" = ".join(LABELS[axis] for axis in group) for group in groups), "against its control"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for result, finding in rows:
-        cells = [cell(finding.ratios.get(group[0])) for group in groups]
+        cells = [_cell_of_group(finding, group) for group in groups]
         beside = [f for f in result.findings if f.arm == finding.arm and f.reference != result.base]
         about = result.arms.get(finding.arm, "")
         lines.append(
@@ -235,6 +235,13 @@ def receipts_table(results: Sequence[StudyResult]) -> str:
         said.setdefault(" ".join(result.conditions), []).append(result.study)
     lines += [f"- {', '.join(studies)}: {conditions}" for conditions, studies in said.items()]
     return "\n".join(lines) + "\n"
+
+
+def _cell_of_group(finding: Finding, group: Sequence[str]) -> str:
+    """A ratio that holds for all axes of the group but those that the finding lacks."""
+    without = [LABELS[axis] for axis in group[1:] if axis not in finding.ratios]
+    beside = f" (no {', '.join(without)})" if without and group[0] in finding.ratios else ""
+    return cell(finding.ratios.get(group[0])) + beside
 
 
 def _label(result: StudyResult, finding: Finding, mark: str = "") -> str:

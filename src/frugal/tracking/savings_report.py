@@ -28,7 +28,7 @@ STYLES = {
 
 
 def axis_groups(findings: Sequence[Finding]) -> list[tuple[str, ...]]:
-    """Axes whose ratios are the same in every finding: on one machine joules and dollars follow the seconds."""
+    """Axes whose ratios are the same in every finding that has them: joules and dollars may follow the seconds."""
     groups: list[tuple[str, ...]] = []
     for axis in AXES:
         if not any(axis in f.ratios for f in findings):
@@ -44,7 +44,7 @@ def axis_groups(findings: Sequence[Finding]) -> list[tuple[str, ...]]:
 
 def _same(one: Ratio | None, other: Ratio | None) -> bool:
     if one is None or other is None:
-        return one is other
+        return True
     ends = ((one.estimate, other.estimate), (one.low, other.low), (one.high, other.high))
     close = all(math.isclose(a, b, rel_tol=5e-3) for a, b in ends)
     return close and (one.verdict, one.bound) == (other.verdict, other.bound)
@@ -59,12 +59,14 @@ def forest_figure(title: str, findings: Sequence[Finding], reference: str, margi
     for panel, group in zip(axes, groups, strict=True):
         panel.axvspan(1 / (1 + margin), 1 + margin, color="#DDDDDD", zorder=0)
         panel.axvline(1, color="black", linewidth=0.8, zorder=1)
-        found = [row.ratios[group[0]] for row in rows]
+        found = {y: row.ratios[group[0]] for y, row in enumerate(rows) if group[0] in row.ratios}
         # Estimates set the scale: an interval that tells little may run out of it, with an arrow.
-        ends = [v for r in found for v in (r.estimate, max(r.low, r.estimate / 1.3), min(r.high, r.estimate * 1.3))]
+        ends = [
+            v for r in found.values() for v in (r.estimate, max(r.low, r.estimate / 1.3), min(r.high, r.estimate * 1.3))
+        ]
         ends = [v for v in ends if 0.1 <= v <= 10]
         low, high = min([*ends, 0.8]) / 1.08, max([*ends, 1.25]) * 1.08
-        for y, one in enumerate(found):
+        for y, one in found.items():
             _draw(panel, one, y, low, high)
         panel.set(
             xscale="log", xlim=(low, high), xlabel=" = ".join(LABELS[a] for a in group) + f"\n/ those of {reference}"
@@ -80,7 +82,8 @@ def forest_figure(title: str, findings: Sequence[Finding], reference: str, margi
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     from matplotlib.lines import Line2D
 
-    used = [v for v in STYLES if any(row.ratios[g[0]].verdict == v for row in rows for g in groups)]
+    verdicts = {row.ratios[group[0]].verdict for row in rows for group in groups if group[0] in row.ratios}
+    used = [verdict for verdict in STYLES if verdict in verdicts]
     handles: list[Any] = [Line2D([], [], color=STYLES[v][0], marker=STYLES[v][1], linewidth=1.5, label=v) for v in used]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(
@@ -99,15 +102,17 @@ def _draw(panel: Any, one: Ratio, y: int, low: float, high: float) -> None:
                 panel.plot(end, y, way, color=colour, markersize=6, clip_on=False)
     at = min(max(one.estimate, low), high)
     panel.plot(at, y, marker, color=colour, markersize=7, markerfacecolor="white" if one.bounded else colour)
-    sign = SIGNS[one.bound]
+    from matplotlib.patheffects import withStroke
+
     panel.annotate(
-        f"{sign}{one.estimate:.2f}",
+        f"{SIGNS[one.bound]}{one.estimate:.2f}",
         (at, y),
         xytext=(0, 6),
         textcoords="offset points",
         ha="center",
         fontsize=8,
         color=colour,
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],  # readable upon the line at 1
     )
 
 
