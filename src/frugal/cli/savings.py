@@ -151,6 +151,7 @@ def refuse_faulty(samples: list[Path]) -> None:
     Raises:
         UserError: the first fault, with the arms that have it.
     """
+    import logging
     import subprocess
     import sys
 
@@ -158,6 +159,7 @@ def refuse_faulty(samples: list[Path]) -> None:
 
     if not samples:
         return
+    logging.getLogger(__name__).info("parsing the configs of %d arms before the first run", len(samples))
     command = [sys.executable, "-m", "frugal.cli.check_configs", *map(str, samples)]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
     found: dict[str, list[str]] = {}
