@@ -44,7 +44,6 @@ from frugal.training.strategies import FSDP2Strategy
 
 log = logging.getLogger(__name__)
 BASE_CONFIG = os.environ.get("FRUGAL_BASE_CONFIG", "configs/base.yaml")  # a launched run has its own copy
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
 OPTIONS: set[str] = set()  # names of all options, filled by the parser, for suggestions
 
 
@@ -361,7 +360,7 @@ def start(kind: type[FrugalCLI], args: list[str] | None) -> FrugalCLI:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         parser_class=WholeNames,
-        parser_kwargs={**options, **{s: {**options, "default_config_files": [base]} for s in SUBCOMMANDS}},
+        parser_kwargs={**options, **{s: {**options, "default_config_files": [base]} for s in kind.subcommands()}},
         args=args,
     )
 
