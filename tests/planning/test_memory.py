@@ -1,15 +1,18 @@
 """Predicted memory against what torch allocates on this CPU, byte by byte, in real training steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from frugal.errors import UserError
 from frugal.model.config import AttentionConfig, LatentConfig, NgramConfig, SharingConfig, TransformerConfig
+from frugal.model.parallelize import ParallelSizes, device_mesh, parallelize
+from frugal.model.recompute import recompute_blocks
 from frugal.model.transformer import Transformer
 from frugal.planning.memory import Load, bytes_of, training_memory
 from frugal.planning.model_card import read_transformer
@@ -101,6 +104,68 @@ def test_what_autograd_keeps_within_ten_percent(changes: dict, compiled: bool, p
     assert plan.activations - later == pytest.approx(sum(kept.values()), rel=0.1) and hidden.requires_grad
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def kept_beside_weights(config: TransformerConfig, shape: tuple[int, int], sharded: bool, recompute: bool) -> int:
+    """Bytes that autograd keeps after a forward pass in bf16-mixed, head and all."""
+    model = Transformer(config)
+    if recompute:
+        recompute_blocks(model)
+    if sharded:
+        parallelize(model, device_mesh(ParallelSizes(1), "cpu"))
+        block = model.all_blocks()[0]
+        block.register_forward_pre_hook(lambda *_: gathered.append(block.attention.wq.weight.dtype))
+    gathered: list[torch.dtype] = []
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    # As Lightning has it. What was gathered for a block is empty again once the block is through.
+    autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        model(torch.randint(0, config.vocab_size, shape))
+    assert set(gathered) <= {torch.float32}
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    return sum(storage.nbytes() for which, storage in kept.items() if which not in weights)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"moe": None}, {"moe": None, "n_layers": 4, "sharing": SharingConfig(n_blocks=1)}], ids=str
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_16_bit_copies_of_weights_are_kept_whether_or_not_they_are_gathered(
+    changes: dict, sharded: bool, alone: None
+) -> None:
+    config = replace(BASE, **{"n_layers": 2, "vocab_size": 256, **changes})
+    plan = training_memory(
+        config,
+        Load(2, 32, device="cpu", precision="bf16-mixed", strategy="sharded" if sharded else "replicated", devices=8),
+    )
+    later = 2 * 32 * config.d_model * 2 * 4
+    kept = kept_beside_weights(config, (2, 32), sharded, recompute=False)
+    assert plan.activations - later == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_recomputing_keeps_no_16_bit_copies(sharded: bool, alone: None) -> None:
+    strategy = "sharded" if sharded else "replicated"
+    load = Load(2, 32, device="cpu", precision="bf16-mixed", checkpointing=True, strategy=strategy, devices=8)
+    short, deep = (replace(BASE, n_layers=n) for n in (2, 4))
+    kept = [kept_beside_weights(config, (2, 32), sharded, recompute=True) for config in (short, deep)]
+    plans = [training_memory(config, load).activations for config in (short, deep)]
+    assert plans[1] - plans[0] == pytest.approx(kept[1] - kept[0], rel=0.01)
+
+
 def test_validation_peak_within_ten_percent() -> None:
     model = Transformer(BASE)
 
@@ -127,6 +192,10 @@ def test_state_by_hand() -> None:
     assert sharded.state == pytest.approx(16 * n / 8)
     block = 4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096
     assert sharded.gathered == 2 * 4 * block + 4 * 2 * 32_000 * 4096  # two blocks; embedding and head all the time
+    mixed = training_memory(llama, Load(1, 4096, precision="bf16-mixed", strategy="sharded", devices=8))
+    assert mixed.gathered == sharded.gathered  # in the format in which weights are stored
+    half = training_memory(llama, Load(1, 4096, precision="bf16-true", strategy="sharded", devices=8))
+    assert half.gathered == sharded.gathered / 2
 
 
 def test_recomputing_keeps_one_layer_and_every_layer_s_input() -> None:

@@ -6,6 +6,7 @@ count against autograd's). Counted in elements and bytes per device; sequences a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -139,6 +140,11 @@ def layer_elements(config: TransformerConfig, layer: int, load: Load) -> tuple[f
     return operands, exact
 
 
+def expert_ranks(config: TransformerConfig, devices: int) -> int:
+    """Over how many of the devices the routed experts lie: as many as divide their number."""
+    return math.gcd(devices, config.moe.n_experts) if config.moe else 1
+
+
 def training_memory(config: TransformerConfig, load: Load) -> Memory:
     """Peak memory of one device.
 
@@ -146,7 +152,7 @@ def training_memory(config: TransformerConfig, load: Load) -> Memory:
     allocator, buffers of the data loader.
     """
     weight, operand, stream = bytes_of(load.precision)
-    counts, state = count_parameters(config), state_memory(config, weight, weight, 0)
+    state = state_memory(config, weight, weight, 0)
     parts = 1 if load.strategy == "replicated" else load.devices
     trained = state.gradients / weight
     if load.optimizer == "Muon":  # a momentum for matrices, AdamW for what is looked up or multiplied row by row
@@ -168,15 +174,18 @@ def training_memory(config: TransformerConfig, load: Load) -> Memory:
     activations += tokens * config.d_model * (2 * stream + 4)  # the final norm, and its gradient
     if config.ngrams:  # which rows were looked up
         activations += 8.0 * tokens * config.ngrams.n_tables
-    if operand < weight and parts == 1:  # 16-bit copies of the matrices, kept for the backward pass
-        activations += operand * (counts.total - _looked_up(config))
-    blocks = _block_weights(config)
+    blocks, head = _block_weights(config), config.n_outputs * config.d_model
+    gathered_blocks = blocks
     if load.strategy == "expert" and config.moe:  # rows travel to the experts, the experts stay
-        blocks[-1] -= 3 * config.moe.n_experts * config.d_model * config.moe.d_expert
+        experts = 3 * config.moe.n_experts * config.d_model * config.moe.d_expert
+        elsewhere = experts - experts // expert_ranks(config, load.devices)
+        gathered_blocks = [block - experts * config.is_moe(i) for i, block in enumerate(blocks)]
+        blocks = [block - elsewhere * config.is_moe(i) for i, block in enumerate(blocks)]
         activations += 2.0 * operand * tokens * config.moe.top_k * config.d_model
-    ends = _looked_up(config) + config.n_outputs * config.d_model
-    # A block and the next one, whole; and all the time what lies around them: look-up tables and head.
-    gathered = 2.0 * operand * max(blocks) + weight * ends if parts > 1 else 0.0
+    if operand < weight:  # each use of a matrix keeps a 16-bit copy for the backward pass, of gathered ones too
+        activations += operand * ((max(blocks) if load.checkpointing else sum(blocks)) + head)
+    # A block and the next one, whole, as weights are stored; and all the time what lies around them: tables and head.
+    gathered = weight * (2.0 * max(gathered_blocks) + _looked_up(config) + head) if parts > 1 else 0.0
     return Memory(
         weights=state.weights / parts,
         gradients=state.gradients / parts,
@@ -207,12 +216,12 @@ def _looked_up(config: TransformerConfig) -> int:
 
 
 def _block_weights(config: TransformerConfig) -> list[int]:
-    """Weights of each layer's block (a shared one at each of its layers)."""
+    """Weights of each layer's block (a shared one at each of its layers), and of those that predict further tokens."""
     bare = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, moe=None)).total
     table = _looked_up(config) + config.n_outputs * config.d_model + config.d_model
     dense = bare - table
     if config.moe is None:
-        return [dense]
+        return [dense] * (config.n_layers + config.n_mtp)
     mixed = replace(config.moe, first_k_dense=0)
     one = count_parameters(replace(config, n_layers=1, sharing=None, n_mtp=0, moe=mixed)).total - table
-    return [dense, one] if config.moe.first_k_dense else [one]
+    return [one if config.is_moe(layer) else dense for layer in range(config.n_layers)] + [one] * config.n_mtp

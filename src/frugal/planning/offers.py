@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from frugal.model.config import TransformerConfig, count_parameters, flops_per_t
 from frugal.planning.calibration import Calibration
 from frugal.planning.communication import Traffic, bytes_per_step
 from frugal.planning.hardware import Hardware
-from frugal.planning.memory import Load, Memory, Strategy, bytes_of, training_memory
+from frugal.planning.memory import Load, Memory, Strategy, bytes_of, expert_ranks, training_memory
 from frugal.planning.run_config import PlannedRun
 
 # Assumptions, where neither --mfu nor a calibration says better.
@@ -153,8 +152,7 @@ def make_offer(
 def traffic(run: PlannedRun, load: Load) -> Traffic:
     """What each device sends in a step. Experts in their places: over as many devices as divide their number."""
     weight, operand, _ = bytes_of(load.precision)
-    n_experts = run.model.moe.n_experts if run.model.moe else 1
-    expert = math.gcd(load.devices, n_experts) if load.strategy == "expert" else 1
+    expert = expert_ranks(run.model, load.devices) if load.strategy == "expert" else 1
     return bytes_per_step(
         run.model,
         "ddp" if load.strategy == "replicated" else "fsdp2",
