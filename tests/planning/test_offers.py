@@ -78,6 +78,14 @@ def test_an_experiment_with_its_own_shape_lies_on_the_base_and_a_whole_config_do
     assert read_run("muon.yaml").optimizer_flops * 5 == base.optimizer_flops * 3
     Path("two.yaml").write_text("trainer: {devices: '2'}\n")
     assert read_run("two.yaml").tokens_per_step == 2 * base.tokens_per_step
+    by_index = (("[0, 1, 2]", 3), ("'[0, 1, 2]'", 3), ("'0,1,'", 2), ("[5]", 1))
+    for devices, count in (*by_index, ("'4'", 4), ("auto", 0.5), ("'-1'", 0.5), ("-1", 0.5)):  # auto: 1 of all nodes
+        Path("some.yaml").write_text(f"trainer: {{num_nodes: 2, devices: {devices}}}\n")
+        assert read_run("some.yaml").tokens_per_step == 2 * count * base.tokens_per_step, devices
+    assert read_run("some.yaml", processes=6).tokens_per_step == 6 * base.tokens_per_step
+    tensor = read_run(str(ROOT / "configs/strategy/fsdp2_tensor.yaml"), processes=8)  # pairs that share a batch
+    assert tensor.tokens_per_step == 4 * base.tokens_per_step and tensor.sharded
+    assert tensor.left_out == ("tensor parallelism (memory and time are those without)",)
     Path("lora.yaml").write_text("model: {lora: {rank: 4}}\n")
     assert read_run("lora.yaml").optimizer_flops == 0
     Path("named.yaml").write_text("model: {optimizer: torch.optim.AdamW}\n")
@@ -189,6 +197,10 @@ def test_plan_calibrate_and_audit(train: object, capsys: pytest.CaptureFixture) 
         row = audit(str(folder), [known])[0]
         more = times * summary["global_step"] * run.optimizer_flops
         assert run.optimizer_flops > 0 and row["predicted"] == pytest.approx(summary["flops"] + more, rel=1e-9)
+    # Where a config leaves the number of devices to the machine, the receipt has it.
+    (folder / "config.yaml").write_text(re.sub("  devices: .*", "  devices: auto", config))
+    row = audit(str(folder), [known])[0]
+    assert row["predicted"] == pytest.approx(2 * summary["flops"], rel=1e-9)
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "config.yaml").write_text(config)
     # A plan calibrated by the very run gives its own figures back.

@@ -27,7 +27,7 @@ def audit(
     summary = read_summary(run, "audit")
     if not summary.get("hardware"):
         raise UserError(f"audit: {run} ran on {summary.get('device')}, which {hardware_file} lacks")
-    planned = read_run(str(Path(run) / "config.yaml"), key="audit")
+    planned = read_run(str(Path(run) / "config.yaml"), key="audit", processes=summary["devices"])
     planned = replace(planned, steps=summary["global_step"], validations=summary["validations"])
     row = choose_hardware(load_hardware(hardware_file), "", summary["hardware"])
     assert row is not None

@@ -79,6 +79,7 @@ def read_run(
     seq_len: int | None = None,
     batch_tokens: int = 2**22,
     key: str = "experiment",
+    processes: int = 1,
 ) -> PlannedRun:
     """Read an experiment, a whole config, a run's, or a bare shape of `configs/model/`.
 
@@ -88,6 +89,7 @@ def read_run(
         seq_len: in place of the config's; of a bare shape, 4096 or its longest.
         batch_tokens: tokens per step of a bare shape.
         key: the argument that named the file.
+        processes: how many there are in all where the config leaves that to the machine (devices auto or -1).
 
     Raises:
         UserError: no such file, no model of ours in it, or a bare shape without `tokens`.
@@ -107,10 +109,10 @@ def read_run(
     settings = _args(module, "optimizer")
     optimizer = str(settings.get("class_path", "AdamW")).rpartition(".")[2]
     length = seq_len or int(data.get("seq_len", model.max_seq_len))
-    devices = str(trainer.get("devices", 1))  # a number from the command line is dumped as text
-    count = int(devices) if devices.isdigit() and devices != "0" else 1
+    strategy = _args(trainer, "strategy")
+    tensor = int(strategy.get("tensor_parallel_size") or 1)
     micro, accumulate = int(data.get("batch_size", 8)), int(trainer.get("accumulate_grad_batches") or 1)
-    per_step = micro * accumulate * length * count * int(trainer.get("num_nodes") or 1)
+    per_step = micro * accumulate * length * max(_processes(trainer, processes) // tensor, 1)
     steps = round(tokens / per_step) if tokens else int(trainer.get("max_steps") or 0)
     if steps < 1:
         raise UserError(f"trainer.max_steps: {path} does not say how long the run is; give --tokens")
@@ -124,6 +126,7 @@ def read_run(
     left_out = ["freezing (the plan is an upper bound)"] if freezing else []
     left_out += ["the growing batch"] if data.get("batch_ramp") else []
     left_out += [f"{optimizer}'s own matrix products"] if optimizer in PRECONDITIONED else []
+    left_out += ["tensor parallelism (memory and time are those without)"] if tensor > 1 else []
     left_out += ["low-rank adapters"] if module.get("lora") else []
     return PlannedRun(
         model=replace(model, max_seq_len=length),
@@ -136,7 +139,7 @@ def read_run(
         precision=precision,
         optimizer=optimizer,
         ns_steps=0 if module.get("lora") else int(settings.get("ns_steps", 5)),
-        sharded="FSDP" in str(_args(trainer, "strategy").get("class_path", "")).upper(),
+        sharded="FSDP" in str(strategy.get("class_path", "")).upper(),
         eval_batch=int(data.get("eval_batch_size") or micro),
         validations=validations,
         compiled=bool(module.get("compile")),
@@ -150,6 +153,17 @@ def _args(values: dict[str, Any], key: str) -> dict[str, Any]:
     section = values.get(key) or {}
     section = {"class_path": section} if isinstance(section, str) else section
     return section | (section.get("init_args") or {})
+
+
+def _processes(trainer: dict[str, Any], automatic: int) -> int:
+    """Of all nodes; `automatic` where the config leaves their number to the machine."""
+    devices = trainer.get("devices", 1)
+    if isinstance(devices, str) and ("," in devices or devices.startswith("[")):  # by index: 0,1
+        devices = [part for part in devices.strip("[]").split(",") if part.strip()]
+    if isinstance(devices, list):
+        devices = len(devices)
+    count = int(devices) if str(devices).isdigit() else 0  # a number from the command line is dumped as text
+    return count * int(trainer.get("num_nodes") or 1) if count else automatic
 
 
 def _precision(value: Any) -> str:
