@@ -297,6 +297,16 @@ def test_recomputation_takes_its_time_measured_or_assumed() -> None:
     assert len(given) == 1
 
 
+def test_a_run_is_audited_by_the_strategy_that_it_had() -> None:
+    run = replace(read_run(str(ROOT / "configs/base.yaml")), tokens_per_step=8 * 2048)
+    for sharded, apart, strategy in ((False, False, "replicated"), (True, False, "sharded"), (True, True, "expert")):
+        had = replace(run, sharded=sharded, experts_apart=apart)
+        assert make_offer(had, ROWS["h100-80gb"], 8, as_configured=True).strategy == strategy
+        assert make_offer(had, ROWS["h100-80gb"], 1, as_configured=True).strategy == "replicated"
+    assert read_run(str(ROOT / "configs/strategy/fsdp2_expert.yaml")).experts_apart
+    assert not read_run(str(ROOT / "configs/strategy/fsdp2.yaml")).experts_apart
+
+
 def test_devices_beyond_the_sequences_of_a_step_do_nothing() -> None:
     run = replace(read_run(str(ROOT / "configs/model/llama2_7b.yaml"), 1e9), tokens_per_step=4 * 4096, steps=100)
     row = replace(ROWS["a100-80gb"], link_gb_s=None)

@@ -103,7 +103,7 @@ def make_offer(
         mfu: share of the peak that the model's FLOPs achieve, all overheads included.
         calibrations: what was measured; the one for this row and precision is used unless `mfu` is given.
         extra_hours: device hours to add, for other phases.
-        as_configured: recompute if and only if the run does, in place of what is best.
+        as_configured: recompute and share the state if and only if the run does, in place of what is best.
     """
     replicas = 1 if row.per_core else devices
     # The config's micro-batch, or fewer sequences where so many devices share the step.
@@ -120,9 +120,13 @@ def make_offer(
         devices=replicas,
     )
     strategies: list[Strategy] = ["replicated", "sharded", "expert"] if run.model.moe else ["replicated", "sharded"]
+    if replicas == 1:
+        strategies = ["replicated"]
+    elif as_configured:
+        strategies = ["expert" if run.experts_apart else "sharded"] if run.sharded else ["replicated"]
     loads = [
         replace(load, strategy=strategy, checkpointing=checkpointing)
-        for strategy in (strategies if replicas > 1 else strategies[:1])
+        for strategy in strategies
         for checkpointing in ([run.recompute] if as_configured else [False, True])
     ]
     ways = [

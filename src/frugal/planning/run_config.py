@@ -28,6 +28,7 @@ class PlannedRun:
         optimizer: name of its class.
         ns_steps: iterations of Muon's orthogonalization; 0 where the matrices are frozen under adapters.
         sharded: whether devices share the weights, as the config's strategy has it; else each has a copy.
+        experts_apart: whether such devices leave the routed experts in their places (expert parallelism).
         eval_batch: sequences per validation batch.
         validations: how often the run validates.
         compiled: whether blocks are compiled.
@@ -46,6 +47,7 @@ class PlannedRun:
     optimizer: str = "AdamW"
     ns_steps: int = 5
     sharded: bool = False
+    experts_apart: bool = False
     eval_batch: int = 0
     validations: int = 0
     compiled: bool = False
@@ -140,6 +142,7 @@ def read_run(
         optimizer=optimizer,
         ns_steps=0 if module.get("lora") else int(settings.get("ns_steps", 5)),
         sharded="FSDP" in str(strategy.get("class_path", "")).upper(),
+        experts_apart=int(strategy.get("expert_parallel_size") or 1) > 1,
         eval_batch=int(data.get("eval_batch_size") or micro),
         validations=validations,
         compiled=bool(module.get("compile")),
