@@ -307,6 +307,16 @@ def test_a_run_is_audited_by_the_strategy_that_it_had() -> None:
     assert not read_run(str(ROOT / "configs/strategy/fsdp2.yaml")).experts_apart
 
 
+def test_devices_share_the_micro_batches_of_a_step_before_they_split_one() -> None:
+    base = read_run(str(ROOT / "configs/base.yaml"))
+    step = replace(base, tokens_per_step=8 * base.tokens_per_step)
+    for devices in (1, 2, 8):
+        few, many = (make_offer(replace(step, accumulate=n), ROWS["h100-80gb"], devices) for n in (1, 8))
+        assert few == many
+    eight = make_offer(replace(step, accumulate=8), ROWS["h100-80gb"], 8)  # as long as the base takes on one
+    assert eight.seconds and eight.seconds < 1.1 * (make_offer(base, ROWS["h100-80gb"]).seconds or 0.0)
+
+
 def test_devices_beyond_the_sequences_of_a_step_do_nothing() -> None:
     run = replace(read_run(str(ROOT / "configs/model/llama2_7b.yaml"), 1e9), tokens_per_step=4 * 4096, steps=100)
     row = replace(ROWS["a100-80gb"], link_gb_s=None)

@@ -107,7 +107,7 @@ def make_offer(
     """
     replicas = 1 if row.per_core else devices
     # The config's micro-batch, or fewer sequences where so many devices share the step.
-    share = max(run.tokens_per_step // (run.seq_len * replicas * run.accumulate), 1)
+    share = max(run.tokens_per_step // (run.seq_len * replicas), 1)
     load = Load(
         micro_batch=min(run.micro_batch, share),
         seq_len=run.seq_len,
