@@ -189,6 +189,8 @@ def test_plan_calibrate_and_audit(train: object, capsys: pytest.CaptureFixture) 
     rows = {row["quantity"]: row for row in json.loads(out)}
     assert err == f"audit: {folder} {OWN}\n"
     assert rows["FLOPs"]["predicted"] == pytest.approx(summary["flops"], rel=1e-9)
+    assumed = {row["quantity"]: row["predicted"] for row in audit(str(folder), [])}  # without a calibration
+    assert assumed["training time"] == pytest.approx(assumed["wall time"] - 15)  # validation at no known size
     # Of two copies of the weights each orthogonalizes every matrix; sharded weights are shared work.
     config, run = (folder / "config.yaml").read_text(), read_run(str(folder / "config.yaml"))
     (folder / "summary.json").write_text(json.dumps(summary | {"devices": 2}))

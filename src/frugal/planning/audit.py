@@ -9,7 +9,7 @@ from typing import Any
 from frugal.errors import UserError
 from frugal.planning.calibration import Calibration, read_summary, training_seconds
 from frugal.planning.hardware import choose_hardware, load_hardware
-from frugal.planning.offers import make_offer
+from frugal.planning.offers import COMPILING, OVERHEAD, make_offer
 from frugal.planning.run_config import read_run
 
 
@@ -38,8 +38,9 @@ def audit(
     again = 0 if planned.sharded else summary["devices"] - 1  # each copy of the weights orthogonalizes every matrix
     flops = planned.flops + again * planned.steps * planned.optimizer_flops
     measured = next((c for c in calibrations if (c.hardware, c.precision) == (row.name, planned.precision)), None)
-    if steps is not None and measured is not None:
-        steps -= measured.overhead_seconds
+    if steps is not None:  # of the steps alone
+        assumed = OVERHEAD[row.per_core] + COMPILING * planned.compiled
+        steps -= measured.overhead_seconds if measured else assumed
     return [
         {"quantity": "FLOPs", "unit": "", "predicted": flops, "actual": summary["flops"]},
         {
