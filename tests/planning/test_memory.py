@@ -198,6 +198,21 @@ def test_state_by_hand() -> None:
     assert half.gathered == sharded.gathered / 2
 
 
+def test_experts_that_stay_by_hand() -> None:
+    """OLMoE's 64 experts: on 64 devices one each; on 128 two devices share one out, and gather it."""
+    config = read_transformer(str(ROOT / "configs/model/olmoe_1b_7b.yaml"))
+    expert = 3 * 2048 * 1024
+    whole, stay, shared = (
+        training_memory(config, Load(1, 4096, precision="bf16-mixed", strategy=strategy, devices=devices))
+        for strategy, devices in (("sharded", 64), ("expert", 64), ("expert", 128))
+    )
+    assert whole.gathered - stay.gathered == 4 * 2 * 64 * expert
+    assert shared.gathered - stay.gathered == 4 * 2 * expert
+    rows = 2 * 2 * 4096 * 8 * 2048
+    assert whole.activations - stay.activations == 2 * 16 * 63 * expert - rows  # each keeps copies of its own
+    assert shared.activations == stay.activations
+
+
 def test_recomputing_keeps_one_layer_and_every_layer_s_input() -> None:
     plain = training_memory(BASE, Load(8, 256))
     saving = training_memory(BASE, Load(8, 256, checkpointing=True))

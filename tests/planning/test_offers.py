@@ -319,6 +319,12 @@ def test_devices_share_the_micro_batches_of_a_step_before_they_split_one() -> No
     assert eight.seconds and eight.seconds < 1.1 * (make_offer(base, ROWS["h100-80gb"]).seconds or 0.0)
 
 
+def test_experts_are_offered_places_only_where_they_divide() -> None:
+    run = read_run(str(ROOT / "configs/model/deepseek_v3.yaml"), 1e12)
+    odd, even = (make_offer(run, ROWS["h800"], n) for n in (257, 256))
+    assert odd.strategy == "sharded" and even.strategy == "expert"
+
+
 def test_devices_beyond_the_sequences_of_a_step_do_nothing() -> None:
     run = replace(read_run(str(ROOT / "configs/model/llama2_7b.yaml"), 1e9), tokens_per_step=4 * 4096, steps=100)
     row = replace(ROWS["a100-80gb"], link_gb_s=None)

@@ -47,7 +47,8 @@ class Load:
         checkpointing: keep only each layer's input and compute the rest again in the backward pass.
         compiled: blocks compiled, where pointwise results are computed again instead of kept.
         strategy: replicated keeps the whole state on every device (DDP); sharded keeps a part of it (FSDP),
-            and expert, too, but leaves every routed expert whole on its device (FSDP with expert parallelism).
+            and expert, too, but splits the routed experts over as many devices as divide their number, where they stay
+            (FSDP with expert parallelism).
         devices: over how many.
     """
 
@@ -178,9 +179,12 @@ def training_memory(config: TransformerConfig, load: Load) -> Memory:
     gathered_blocks = blocks
     if load.strategy == "expert" and config.moe:  # rows travel to the experts, the experts stay
         experts = 3 * config.moe.n_experts * config.d_model * config.moe.d_expert
-        elsewhere = experts - experts // expert_ranks(config, load.devices)
-        gathered_blocks = [block - experts * config.is_moe(i) for i, block in enumerate(blocks)]
-        blocks = [block - elsewhere * config.is_moe(i) for i, block in enumerate(blocks)]
+        ranks = expert_ranks(config, load.devices)
+        here = experts // ranks
+        # Where more devices than that share each part out, the part is gathered.
+        stay = experts - here if ranks < load.devices else experts
+        gathered_blocks = [block - stay * config.is_moe(i) for i, block in enumerate(blocks)]
+        blocks = [block - (experts - here) * config.is_moe(i) for i, block in enumerate(blocks)]
         activations += 2.0 * operand * tokens * config.moe.top_k * config.d_model
     if operand < weight:  # each use of a matrix keeps a 16-bit copy for the backward pass, of gathered ones too
         activations += operand * ((max(blocks) if load.checkpointing else sum(blocks)) + head)

@@ -119,11 +119,12 @@ def make_offer(
         compiled=run.compiled,
         devices=replicas,
     )
-    strategies: list[Strategy] = ["replicated", "sharded", "expert"] if run.model.moe else ["replicated", "sharded"]
+    split = expert_ranks(run.model, replicas) > 1
+    strategies: list[Strategy] = ["replicated", "sharded", "expert"] if split else ["replicated", "sharded"]
     if replicas == 1:
         strategies = ["replicated"]
     elif as_configured:
-        strategies = ["expert" if run.experts_apart else "sharded"] if run.sharded else ["replicated"]
+        strategies = ["expert" if run.experts_apart and split else "sharded"] if run.sharded else ["replicated"]
     loads = [
         replace(load, strategy=strategy, checkpointing=checkpointing)
         for strategy in strategies
