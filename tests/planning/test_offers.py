@@ -223,14 +223,20 @@ def test_unfinished_and_short_runs_are_left_out_of_a_calibration(
     train: object, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     short = train("fit")  # type: ignore[operator]
-    stopped, long = short.with_name("stopped"), short.with_name("long")
+    stopped, long, eight = (short.with_name(name) for name in ("stopped", "long", "eight"))
     stopped.mkdir()
     shutil.copytree(short, long)
-    for folder, steps in ((short, 49), (long, 50)):
+    shutil.copytree(short, eight)
+    config = eight / "config.yaml"
+    config.write_text(re.sub("fp8: null", "fp8: {recipe: tensorwise}", config.read_text()))
+    assert read_run(str(config)).left_out == ("fp8 (planned as 32-true)",)
+    for folder, steps in ((short, 49), (long, 50), (eight, 50)):
         summary = json.loads((folder / "summary.json").read_text()) | {"global_step": steps}
         (folder / "summary.json").write_text(json.dumps(summary))
-    left_out = f"left out: {stopped} (no summary.json; it is written when a run ends), {short} (49 steps)"
-    main(["plan", "--calibrate", str(stopped), str(short), str(long)])
+    left_out = (
+        f"left out: {stopped} (no summary.json; it is written when a run ends), {short} (49 steps), {eight} (model.fp8)"
+    )
+    main(["plan", "--calibrate", str(stopped), str(short), str(eight), str(long)])
     (known,) = recall()
     assert known.runs == (str(long),)
     (note,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -238,7 +244,7 @@ def test_unfinished_and_short_runs_are_left_out_of_a_calibration(
     Path(".cache/calibration.json").unlink()
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        main(["plan", "--calibrate", str(stopped), str(short)])
+        main(["plan", "--calibrate", str(stopped), str(short), str(eight)])
     told = f"calibrate: no run to measure by: needed are 50 steps of a finished run; {left_out}"
     assert capsys.readouterr().err == f"error: {told}\n" and recall() == []
 

@@ -91,7 +91,8 @@ def _again(run: PlannedRun) -> float:
 def calibrate(runs: list[str]) -> list[Calibration]:
     """Measure by finished runs; several of one machine and precision are added up.
 
-    Runs that have not finished, or took fewer than LEAST_STEPS steps, are left out with one warning.
+    Runs that have not finished, took fewer than LEAST_STEPS steps or had float8 products, which a plan's precision does
+    not tell, are left out with one warning.
 
     Raises:
         UserError: no run is left, or one ran on hardware that the table does not know.
@@ -106,6 +107,9 @@ def calibrate(runs: list[str]) -> list[Calibration]:
         summary = read_summary(run, "calibrate")
         if summary["global_step"] < LEAST_STEPS:
             left_out.append(f"{run} ({summary['global_step']} steps)")
+            continue
+        if read_run(str(Path(run) / "config.yaml"), key="calibrate").fp8:
+            left_out.append(f"{run} (model.fp8)")
             continue
         if not summary.get("hardware"):
             raise UserError(f"calibrate: {run} ran on {summary.get('device')}, which configs/hardware.yaml lacks")

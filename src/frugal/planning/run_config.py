@@ -33,6 +33,7 @@ class PlannedRun:
         validations: how often the run validates.
         compiled: whether blocks are compiled.
         recompute: whether the backward pass computes activations anew.
+        fp8: whether some products are float8; they are planned as the others.
         left_out: what the config has and the plan does not count, in words.
     """
 
@@ -52,6 +53,7 @@ class PlannedRun:
     validations: int = 0
     compiled: bool = False
     recompute: bool = False
+    fp8: bool = False
     left_out: tuple[str, ...] = ()
 
     @property
@@ -129,6 +131,7 @@ def read_run(
     left_out += ["the growing batch"] if data.get("batch_ramp") else []
     left_out += [f"{optimizer}'s own matrix products"] if optimizer in PRECONDITIONED else []
     left_out += ["tensor parallelism (memory and time are those without)"] if tensor > 1 else []
+    left_out += [f"fp8 (planned as {precision})"] if module.get("fp8") else []
     left_out += ["low-rank adapters"] if module.get("lora") else []
     return PlannedRun(
         model=replace(model, max_seq_len=length),
@@ -147,6 +150,7 @@ def read_run(
         validations=validations,
         compiled=bool(module.get("compile")),
         recompute=bool(module.get("activation_checkpointing")),
+        fp8=bool(module.get("fp8")),
         left_out=tuple(left_out),
     )
 
