@@ -42,8 +42,9 @@ def plan(
     import sys
     from dataclasses import asdict, replace
     from json import dumps
+    from pathlib import Path
 
-    from frugal.errors import require
+    from frugal.errors import UserError, require
     from frugal.planning import calibration
     from frugal.planning.audit import audit as audit_run
     from frugal.planning.hardware import choose_hardware, load_hardware
@@ -53,6 +54,8 @@ def plan(
 
     require(mfu is None or 0 < mfu <= 1, f"mfu: must lie between 0 and 1, got {mfu}")
     require(all(n > 0 for n in devices or []), "devices: must be positive")
+    require(seq_len is None or seq_len > 0, f"seq_len: must be positive, got {seq_len}")
+    require(png is None or Path(png).suffix in (".png", ".svg", ".pdf"), f"png: {png} must end in .png, .svg or .pdf")
     require(extra_device_hours >= 0, "extra_device_hours: must not be negative")
     require(bool(experiment or audit or calibrate), "experiment: name an experiment, a shape, or --audit RUN")
     if calibrate:
@@ -92,7 +95,10 @@ def plan(
     if png:
         from frugal.tracking.cost_plots import offers_figure
 
-        offers_figure(found, f"Plan of {experiment}").savefig(png)
+        try:
+            offers_figure(found, f"Plan of {experiment}").savefig(png)
+        except OSError as error:
+            raise UserError(f"png: cannot write {png} ({error.strerror})") from None
     if json:
         print(dumps({"tokens": run.tokens, "flops": run.flops, "offers": found}, indent=2))
         return
@@ -116,7 +122,7 @@ def _number(text: str) -> float:
         number = float(text[:-1]) * units[text[-1].upper()] if text[-1:].upper() in units else float(text)
     except ValueError:
         number = 0.0
-    if not number > 0:
+    if not 0 < number < float("inf"):
         raise UserError(f"tokens: {text!r} is no number of tokens, such as 300M or 14.8T")
     return number
 

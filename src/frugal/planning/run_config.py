@@ -96,7 +96,7 @@ def read_run(
         processes: how many there are in all where the config leaves that to the machine (devices auto or -1).
 
     Raises:
-        UserError: no such file, no model of ours in it, or a bare shape without `tokens`.
+        UserError: no such file, no model of ours in it, a bare shape without `tokens`, or less than a step of them.
     """
     model = read_transformer(path, key)
     values = read_layers(path, key)
@@ -118,6 +118,8 @@ def read_run(
     micro, accumulate = int(data.get("batch_size", 8)), int(trainer.get("accumulate_grad_batches") or 1)
     per_step = micro * accumulate * length * max(_processes(trainer, processes) // tensor, 1)
     steps = round(tokens / per_step) if tokens else int(trainer.get("max_steps") or 0)
+    if tokens and steps < 1:
+        raise UserError(f"tokens: {tokens:g} are less than a step of {path}, {per_step}; give more")
     if steps < 1:
         raise UserError(f"trainer.max_steps: {path} does not say how long the run is; give --tokens")
     interval = trainer.get("val_check_interval")
