@@ -87,7 +87,9 @@ def test_an_experiment_with_its_own_shape_lies_on_the_base_and_a_whole_config_do
     assert tensor.tokens_per_step == 4 * base.tokens_per_step and tensor.sharded
     assert tensor.left_out == ("tensor parallelism (memory and time are those without)",)
     Path("lora.yaml").write_text("model: {lora: {rank: 4}}\n")
-    assert read_run("lora.yaml").optimizer_flops == 0
+    lora = read_run("lora.yaml")
+    assert lora.optimizer_flops == 0
+    assert lora.left_out == ("low-rank adapters (the base counts as if it trained: the plan is an upper bound)",)
     Path("named.yaml").write_text("model: {optimizer: torch.optim.AdamW}\n")
     assert read_run("named.yaml") == replace(base, optimizer="AdamW")
     shape = f"{shape[:-1]}, vocab_size: 300, max_seq_len: 16}}"

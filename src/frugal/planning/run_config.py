@@ -134,7 +134,11 @@ def read_run(
     left_out += [f"{optimizer}'s own matrix products"] if optimizer in PRECONDITIONED else []
     left_out += ["tensor parallelism (memory and time are those without)"] if tensor > 1 else []
     left_out += [f"fp8 (planned as {precision})"] if module.get("fp8") else []
-    left_out += ["low-rank adapters"] if module.get("lora") else []
+    left_out += (
+        ["low-rank adapters (the base counts as if it trained: the plan is an upper bound)"]
+        if module.get("lora")
+        else []
+    )
     return PlannedRun(
         model=replace(model, max_seq_len=length),
         steps=steps,
