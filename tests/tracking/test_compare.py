@@ -54,6 +54,16 @@ def test_a_validation_costs_what_stands_in_the_training_row_at_or_after_it() -> 
     assert curve(run("a", rows=rows), "cost/dollars") == []
 
 
+def test_a_run_shorter_than_the_logging_interval_has_a_curve(train: Callable[..., Path]) -> None:
+    folder = train("fit", "--trainer.max_steps", "4", "--trainer.val_check_interval", "2")
+    short = train("fit", "--run.name", "short", "--trainer.max_steps", "4", "--trainer.val_check_interval", "2",
+                  "--trainer.log_every_n_steps", "50")  # fmt: skip
+    (often,), (never,) = read_runs([str(folder)]), read_runs([str(short)])
+    for axis in ("cost/tokens", "cost/flops"):
+        assert curve(never, axis) == curve(often, axis)
+    assert [cost for cost, _ in curve(never, "cost/tokens")] == [2 * 64, 4 * 64]
+
+
 def test_runs_without_bits_per_byte_are_compared_by_their_loss() -> None:
     rows = [{"step": 0, "cost/tokens": 10.0}, {"step": 0, "val/loss": 0.2, "val/accuracy": 0.9}]
     images = [run("a/1", rows=rows)]
@@ -84,7 +94,8 @@ def test_the_same_run_from_its_folder_and_from_the_offline_file(
     assert len(read_runs([str(folder), str(file)])) == 1  # the same run
     assert own.config == offline.config
     for axis in AXES:
-        assert curve(own, axis) == [pytest.approx(point) for point in curve(offline, axis)] != []
+        assert curve(own, axis) == [pytest.approx(point) for point in curve(offline, axis)]
+        assert len(curve(own, axis)) == 2  # one point for each validation
     header, rows = metric_table([own])
     summary = json.loads((folder / "summary.json").read_text())
     assert rows[0][header.index("bits per byte")] == f"{summary['val_bits_per_byte']:.4f}"

@@ -219,14 +219,16 @@ class CostMeter(pl.Callback):
                 "speed/mfu": self._mfu(flops / seconds, trainer.world_size),
                 "speed/goodput": self.ledger.goodput,
                 "data/wait_fraction": waited / seconds,
-                "cost/tokens": float(self.ledger.tokens),
-                "cost/flops": self.ledger.flops,
-                "cost/seconds": sum(self.ledger.seconds.values()),
+                **self._costs(),
                 "cost/seconds/training": self.ledger.train_seconds,
                 **{f"cost/seconds/{part}": seconds for part, seconds in self.ledger.seconds.items()},
-                **{f"cost/{name}": value for name, value in self._bill().items() if value is not None},
             }
         )
+
+    def _costs(self) -> dict[str, float]:
+        """What has been spent so far, on every axis that is known."""
+        spent = {"tokens": float(self.ledger.tokens), "flops": self.ledger.flops, "seconds": self.ledger.total_seconds}
+        return {f"cost/{name}": value for name, value in {**spent, **self._bill()}.items() if value is not None}
 
     def _bill(self) -> dict[str, float | None]:
         """Joules and dollars so far; None for a device that the table does not know and nothing measures."""
@@ -249,10 +251,11 @@ class CostMeter(pl.Callback):
         return flops_per_second / (self.peak_flops * devices)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Close the training phase."""
+        """Close the training phase; log what was spent for this loss, in one row with it as W&B's plots need."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             synchronize(self.device)
             self._enter("validation")
+            pl_module.log_dict(self._costs(), batch_size=1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Close the validation phase."""

@@ -64,9 +64,10 @@ def loss_of(runs: Sequence[RunData]) -> str:
 
 
 def curve(run: RunData, axis: str, loss: str = "val/bits_per_byte") -> list[tuple[float, float]]:
-    """(cost, validation loss) along a run; the cost at a validation is that of the training row at or next after it.
+    """(cost, validation loss) along a run; the cost at a validation is that of the row at or next after its step.
 
-    Runs log their costs every few steps. A last validation after the last such row takes that row's cost.
+    Runs log their costs with each validation and every few steps, older ones only the latter: there a last validation
+    after the last such row takes that row's cost.
     """
     costs = [(row["step"], row[axis]) for row in run.rows if axis in row]
     steps = [step for step, _ in costs]
