@@ -85,4 +85,6 @@ def test_the_card_shows_what_the_summary_holds() -> None:
     assert "1.0000 kWh" in rows["estimate"] and "$0.0125" in rows["estimate"] and "cpu: 10 W" in rows["estimate"]
     unknown = card_rows({**summary, "joules": None, "dollars": None, "assumption": "no row for 'X'"}, {})
     assert dict(unknown)["estimate"] == "energy and dollars unknown  [no row for 'X']"
+    counted = dict(card_rows({**summary, "joules_measured": 3.6e6, "dollars": None}, {}))["energy"]
+    assert counted.startswith("3.6 MJ (1.0000 kWh) · dollars unknown  [")
     assert "experts" not in rows and rows["run folder"] == "runs/a/b"

@@ -46,12 +46,7 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         ),
         (
             "energy" if summary.get("joules_measured") else "estimate",
-            (
-                f"{short(summary['joules'], 'J')} ({summary['joules'] / 3.6e6:.4f} kWh) · ${summary['dollars']:.4f}"
-                if summary["joules"] is not None
-                else "energy and dollars unknown"
-            )
-            + f"  [{summary['assumption']}]",
+            f"{_bill(summary['joules'], summary['dollars'])}  [{summary['assumption']}]",
         ),
     ]
     if summary.get("val_loss") is not None:
@@ -76,6 +71,14 @@ def card_rows(summary: dict[str, Any], paths: dict[str, str]) -> list[tuple[str,
         # A young model may write control characters, which a terminal would obey.
         rows.append(("sample", "".join(c if c.isprintable() or c == "\n" else "·" for c in summary["sample"]).strip()))
     return rows + list(paths.items())
+
+
+def _bill(joules: float | None, dollars: float | None) -> str:
+    """Energy may be counted on a device whose price the table does not know."""
+    if joules is None:
+        return "energy and dollars unknown"
+    price = "dollars unknown" if dollars is None else f"${dollars:.4f}"
+    return f"{short(joules, 'J')} ({joules / 3.6e6:.4f} kWh) · {price}"
 
 
 def _share(value: float) -> str:
