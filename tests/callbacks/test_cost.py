@@ -4,12 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
 from frugal.callbacks.cost import CostMeter
 from frugal.callbacks.ledger import PARTS
 from frugal.callbacks.matmul_peak import measure_matmul_peak
+from frugal.data.datamodule import TextDataModule
 from frugal.errors import UserError
 from frugal.planning.hardware import choose_hardware
 from frugal.tracking.run_folder import read_lines
@@ -83,6 +85,21 @@ def test_the_parts_add_up_to_the_wall_time(train: Callable[..., Path], capsys: p
         assert row["cost/seconds"] == pytest.approx(sum(row[f"cost/seconds/{part}"] for part in PARTS), rel=1e-5)
         assert row["cost/seconds/training"] <= row["cost/seconds"] and 0 < row["speed/goodput"] < 1
     assert f"goodput {summary['goodput']:.0%}" in capsys.readouterr().out
+
+
+def test_scoring_the_test_set_is_no_training(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = []
+
+    def scores(trainer: pl.Trainer, module: object) -> dict[str, float]:
+        parts.extend(callback._phase for callback in trainer.callbacks if isinstance(callback, CostMeter))
+        time.sleep(0.5)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr("frugal.callbacks.report._test_scores", scores)
+    monkeypatch.setattr(TextDataModule, "has_test_split", True, raising=False)
+    folder = train("fit", "--trainer.max_steps", "2")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert parts == ["other"] and summary["seconds_by_part"]["other"] > 0.5 and summary["test_loss"] == 1.0
 
 
 def test_what_a_killed_run_spent_is_billed_and_its_steps_count_once(

@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,18 @@ class CostMeter(pl.Callback):
         """Close the current phase and begin another one."""
         self._lap()
         self._phase = phase
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Book what happens within as this part of the seconds, whatever part it interrupts."""
+        before = self._phase
+        synchronize(self.device)
+        self._enter(phase)
+        try:
+            yield
+        finally:
+            synchronize(self.device)
+            self._enter(before)
 
     def _lap(self, watts: float | None = None) -> None:
         """Book the time since the last call; waiting for data and compiling have accounts of their own.
@@ -158,13 +171,8 @@ class CostMeter(pl.Callback):
 
     def _timed(self, save: Callable[..., None]) -> Callable[..., None]:
         def timed(*args: Any, **kwargs: Any) -> None:
-            before = self._phase
-            synchronize(self.device)
-            self._enter("checkpoint")
-            try:
+            with self.during("checkpoint"):
                 save(*args, **kwargs)
-            finally:
-                self._enter(before)
             self._write()
 
         return timed

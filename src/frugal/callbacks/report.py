@@ -57,7 +57,9 @@ class RunReport(pl.Callback):
         """Score the final weights once on images or text that neither trained nor validated, where there are some."""
         if getattr(trainer.datamodule, "has_test_split", False) and not trainer.fast_dev_run:
             use_averages(trainer.optimizers, True)
-            self._test = _test_scores(trainer, pl_module)
+            (meter,) = (c for c in trainer.callbacks if isinstance(c, CostMeter))  # type: ignore[attr-defined]
+            with meter.during("other"):  # it may close the training phase after this hook
+                self._test = _test_scores(trainer, pl_module)
             for logger in trainer.loggers:
                 logger.log_metrics(
                     {f"test/{name}": value for name, value in self._test.items()}, trainer.global_step - 1
