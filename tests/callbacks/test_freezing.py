@@ -1,5 +1,8 @@
 """Freezing while training: bit-identical weights, resting moments, accumulation, memory, chosen experts, compile."""
 
+import json
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from frugal.callbacks import freezing as freezing_module
+from frugal.callbacks.cost import CostMeter
 from frugal.callbacks.freezing import Freezing
 from frugal.errors import UserError
 from frugal.model.config import AttentionConfig, MoEConfig, SharingConfig, TransformerConfig, flops_per_token
@@ -232,6 +237,41 @@ def test_only_the_experts_that_the_data_use_train(tmp_path: Path) -> None:
             torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     cost = flops_per_token(CONFIG, 12, module.frozen).training
     assert cost < 0.7 * flops_per_token(CONFIG, 12).training
+
+
+def test_the_choice_is_booked_once_as_training_and_leaves_the_loader(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = []
+    start, scores = CostMeter.on_train_start, freezing_module.routing_scores
+
+    def look(self: CostMeter, trainer: Any, module: Any) -> None:
+        data = trainer.datamodule
+        assert data.train_loader is trainer.train_dataloader and data.training_data is data.train_loader.dataset
+        assert data.adaptive.mixer is data.training_data.mixer
+        forward = flops_per_token(module.config, 16).forward
+        began.append((self.ledger.flops, self.ledger.seconds["step"], 2 * 4 * 16 * forward))
+        start(self, trainer, module)
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return scores(*args)
+
+    monkeypatch.setattr(CostMeter, "on_train_start", look)
+    monkeypatch.setattr(freezing_module, "routing_scores", slow)
+    options = (
+        "--freezing.experts",
+        "{threshold: 0.4, batches: 2}",
+        "--data.adaptive",
+        "{by: rarity, every: 2, lead: 2}",
+    )
+    folder = train("fit", "--trainer.max_steps", "2", *options)
+    flops, seconds, expected = began[0]
+    assert flops == pytest.approx(expected) and seconds > 0.5
+    first = json.loads((folder / "summary.json").read_text())
+    assert first["tokens_seen"] == 2 * 4 * 16
+    train("fit", "--trainer.max_steps", "4", "--ckpt_path", "last", *options)
+    assert began[1][0] == first["flops"]
 
 
 def test_slices_carry_their_moments_there_and_back() -> None:

@@ -213,6 +213,11 @@ class CostMeter(pl.Callback):
             if time.perf_counter() - self._written > 1.0:
                 self._write()
 
+    def add_forward(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+        """Count a batch's forward pass, the head with it, on every rank; its tokens are not trained on."""
+        rows, length = pl_module.token_shape(batch)
+        self.ledger.flops += rows * length * data_ranks(trainer)[1] * pl_module.flops_per_token(length).forward
+
     def _now(self) -> tuple[int, float, float, float]:
         spent = self.ledger
         return spent.tokens, spent.train_seconds, spent.flops, spent.seconds["data_wait"]

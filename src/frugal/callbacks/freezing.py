@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from frugal.callbacks.cost import CostMeter
 from frugal.errors import UserError, require
 from frugal.model.config import Frozen
 from frugal.model.transformer import BlockStack
@@ -129,7 +132,10 @@ class Freezing(pl.Callback):
             self.decisions = []  # switched off since the checkpoint
         self._apply(trainer, pl_module, trainer.global_step - 1, say=False)  # where the checkpoint left off
         if self.experts and not self.decisions:
-            self._choose_experts(trainer, pl_module, self.experts)
+            meters = [c for c in trainer.callbacks if isinstance(c, CostMeter)]  # type: ignore[attr-defined]
+            # The choice is a part of what it costs to train.
+            with meters[0].during("step") if meters else nullcontext():
+                self._choose_experts(trainer, pl_module, self.experts, meters)
 
     def _check(self, state: Any) -> None:
         frozen, experts, _ = state
@@ -319,7 +325,9 @@ class Freezing(pl.Callback):
         experts = {str(layer): list(experts) for layer, experts in decision.trained_experts}
         self._record(trainer, step, {**row, "frozen": frozen, "trained_experts": experts})
 
-    def _choose_experts(self, trainer: pl.Trainer, pl_module: Any, choice: ExpertChoice) -> None:
+    def _choose_experts(
+        self, trainer: pl.Trainer, pl_module: Any, choice: ExpertChoice, meters: list[CostMeter]
+    ) -> None:
         moes = self.model.moe_layers()
         require(bool(moes), "freezing.experts: the model has no routed experts")
         require(
@@ -328,10 +336,16 @@ class Freezing(pl.Callback):
         )
         keep = plan.matching(choice.train, self.names, "freezing.experts.train")
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed
-            loader = trainer.datamodule.train_dataloader()
-            batches = map(trainer.strategy.batch_to_device, itertools.islice(loader, choice.batches))
+            loader = _aside(trainer.datamodule).train_dataloader()
+
+            def batches() -> Iterator[Any]:
+                for batch in itertools.islice(loader, choice.batches):
+                    for meter in meters:
+                        meter.add_forward(trainer, pl_module, batch)
+                    yield trainer.strategy.batch_to_device(batch)
+
             context = trainer.precision_plugin.forward_context()
-            scores = routing_scores(self.model, batches, pl_module.visit, choice.score, context)
+            scores = routing_scores(self.model, batches(), pl_module.visit, choice.score, context)
         stacks = {name for layer in moes for name in plan.expert_stacks(layer, self.model.config.n_layers)}
         trained, shares = [], []
         for layer in moes:
@@ -365,6 +379,14 @@ class Freezing(pl.Callback):
             self.decisions = [Decision(**values) for values in state_dict["decisions"]]
             self._sums, self._loads = dict(state_dict["sums"]), dict(state_dict["loads"])
             self._loaded_slices = state_dict["slices"]
+
+
+def _aside(datamodule: Any) -> Any:
+    """A copy that may make a second loader: the run's own, and what an adaptive mixture draws from, stay in place."""
+    made = copy.copy(datamodule)
+    if getattr(made, "adaptive", None) is not None:
+        made.adaptive = copy.copy(made.adaptive)
+    return made
 
 
 def _share(load_E: Tensor, experts: tuple[int, ...]) -> float:
