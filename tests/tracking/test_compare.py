@@ -1,10 +1,12 @@
 """Runs side by side: differences, costs at a validation, the Pareto front, and the same run from its three sources."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import wandb
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,6 +130,27 @@ def test_runs_that_are_called_alike_are_all_kept(tmp_path: Path, monkeypatch: py
     assert [row[0] for row in rows] == ["a/runs/base/x", "base/y", "b/runs/base/x"]
     monkeypatch.chdir("a/runs/base/x")
     assert named(".") == {"base/x": 0}
+
+
+def test_the_offline_files_of_a_resumed_run_are_one_run(tmp_path: Path) -> None:
+    for steps in (range(0, 60, 10), range(40, 100, 10)):  # killed after step 50, resumed from step 40
+        sent = wandb.init(
+            mode="offline", dir=tmp_path, project="p", id="one", name="base/one",
+            settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+        sent.config.update({"first": steps.start})
+        for step in steps:
+            sent.log({"trainer/global_step": step, "val/loss": 3.0 - steps.start / 100, "cost/tokens": step + 1.0})
+        sent.summary["best"] = steps.start
+        sent.finish()
+        time.sleep(1.1)  # its folder is named by the second
+    files = sorted(map(str, tmp_path.glob("wandb/offline-run-*/*.wandb")))
+    assert len(files) == 2
+    for sources in ([str(tmp_path)], files, [*reversed(files), files[0]]):
+        (run,) = read_runs(sources)
+        assert [row["step"] for row in run.rows] == list(range(0, 100, 10))
+        assert [row["val/loss"] for row in run.rows] == [3.0] * 4 + [2.6] * 6
+        assert run.config["first"] == 40 and run.summary["best"] == 40
 
 
 def test_the_picture_has_units_and_the_front() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -49,9 +50,11 @@ def read_runs(sources: Iterable[str]) -> list[RunData]:
     Raises:
         UserError: nothing there, or the server does not answer.
     """
-    found: dict[PurePath, RunData] = {}
+    parts: dict[PurePath, dict[PurePath, RunData]] = {}
     for source in sources:
-        found |= _read(source)
+        for (origin, file), run in _read(source).items():
+            parts.setdefault(origin, {})[file] = run
+    found = {origin: _joined(origin, runs) for origin, runs in parts.items()}
     alike: dict[str, list[PurePath]] = {}
     for origin, run in found.items():
         alike.setdefault(run.name, []).append(origin)
@@ -70,20 +73,35 @@ def _leading(name: str, origins: Sequence[PurePath]) -> dict[PurePath, tuple[str
     return ends
 
 
-def _read(source: str) -> dict[PurePath, RunData]:
-    """Runs by where they are; W&B's file in a run's folder is that run."""
+def _joined(origin: PurePath, parts: Mapping[PurePath, RunData]) -> RunData:
+    """One run of the W&B files of its parts, in the order of their dates; its own folder holds all of it.
+
+    A part that goes on from an earlier checkpoint does steps again: its rows replace those of the part before it.
+    """
+    if origin in parts:
+        return parts[origin]
+    first, *others = (parts[file] for file in sorted(parts, key=lambda f: f.parent.name.removeprefix("offline-")))
+    for part in others:
+        begins = min((row["step"] for row in part.rows if len(row) > 1), default=math.inf)  # pictures have no step
+        rows = [row for row in first.rows if row["step"] < begins] + part.rows
+        first = RunData(part.name, part.config or first.config, rows, first.summary | part.summary)
+    return first
+
+
+def _read(source: str) -> dict[tuple[PurePath, PurePath], RunData]:
+    """Runs by where they are and by the file they were read from; W&B's file in a run's folder is that run."""
     path = Path(source)
     if path.is_file() and path.suffix == ".wandb":
-        return {_origin(path): read_wandb_file(path)}
+        return {(_origin(path), path.resolve()): read_wandb_file(path)}
     if path.is_dir():
         folders = sorted({file.parent for file in path.rglob("metrics.jsonl")})
         if folders:
-            return {folder.resolve(): read_folder(folder) for folder in folders}
+            return {(folder.resolve(),) * 2: read_folder(folder) for folder in folders}
         if files := sorted(path.rglob("*.wandb")):
-            return {_origin(file): read_wandb_file(file) for file in files}
+            return {(_origin(file), file.resolve()): read_wandb_file(file) for file in files}
         raise UserError(f"runs: {source} holds neither a run (metrics.jsonl) nor W&B's files (*.wandb)")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", source):
-        return read_online(source)
+        return {(origin, origin): run for origin, run in read_online(source).items()}
     raise UserError(f"runs: no run {source}: name a folder, a .wandb file, or ENTITY/PROJECT")
 
 
