@@ -188,3 +188,21 @@ def test_joules_of_compiling_are_none_of_training(row: str, joules: float, monke
     meter._lap()
     assert meter.ledger.seconds["compile"] == 6.0 and meter.ledger.seconds["step"] == 4.0
     assert meter.ledger.train_joules == pytest.approx(joules) and meter.ledger.joules == 1000.0
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_the_cores_of_every_node_are_paid(nodes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    meter = CostMeter(hardware_file=TABLE, peak_tflops=1.0, measure_energy=False)
+    trainer = SimpleNamespace(
+        datamodule=None,
+        num_nodes=nodes,
+        world_size=2 * nodes,
+        default_root_dir=tmp_path,
+        is_global_zero=True,
+        fast_dev_run=False,
+        save_checkpoint=None,
+    )
+    meter.on_fit_start(trainer, SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+    assert meter.units == 4 * nodes and meter.row is not None
+    assert meter.ledger.dollars == pytest.approx(meter.row.dollars(meter.ledger.total_seconds, 4 * nodes))

@@ -154,7 +154,8 @@ class CostMeter(pl.Callback):
             self._counters = open_counters([str(torch.cuda.get_device_properties(d).uuid) for d in cuda])
         self.row = choose_hardware(self.rows, name, self.hardware)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.units = cores if self.row is None or self.row.per_core else trainer.world_size
+        per_core = self.row is None or self.row.per_core
+        self.units = cores * self.nodes if per_core else trainer.world_size  # nodes are taken to be alike
         self._apart["compile"] = compile_seconds()
         self._folder = RunFolder(Path(trainer.default_root_dir))
         if self._resumed and self._folder.meter.is_file():
