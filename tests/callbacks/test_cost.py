@@ -8,13 +8,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from frugal.callbacks.cost import CostMeter
+from frugal.callbacks.cost import CostMeter, number_format
 from frugal.callbacks.ledger import PARTS
 from frugal.callbacks.matmul_peak import measure_matmul_peak
 from frugal.data.datamodule import TextDataModule
 from frugal.errors import UserError
 from frugal.planning.hardware import choose_hardware
 from frugal.tracking.run_folder import read_lines
+from frugal.training.fp8 import Float8
 
 TABLE = str(Path(__file__).parents[2] / "configs" / "hardware.yaml")
 
@@ -206,3 +207,19 @@ def test_the_cores_of_every_node_are_paid(nodes: int, monkeypatch: pytest.Monkey
     meter.on_fit_start(trainer, SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
     assert meter.units == 4 * nodes and meter.row is not None
     assert meter.ledger.dollars == pytest.approx(meter.row.dollars(meter.ledger.total_seconds, 4 * nodes))
+
+
+@pytest.mark.parametrize(
+    ("precision", "tf32", "fp8", "named"),
+    [
+        ("32-true", False, None, "32-true"),
+        ("32-true", True, None, "tf32"),
+        ("bf16-mixed", False, None, "bf16-mixed"),
+        ("bf16-mixed", False, Float8(), "bf16-mixed, fp8"),
+    ],
+)
+def test_the_number_format_is_told_with_what_the_model_sets(
+    precision: str, tf32: bool, fp8: Float8 | None, named: str
+) -> None:
+    trainer, module = SimpleNamespace(precision=precision), SimpleNamespace(tf32=tf32, fp8=fp8)
+    assert number_format(trainer, module) == named  # type: ignore[arg-type]

@@ -34,6 +34,13 @@ def compile_seconds() -> float:
     return float(calculate_time_spent().get("total_wall_time", 0.0))
 
 
+def number_format(trainer: pl.Trainer, pl_module: Any) -> str:
+    """`trainer.precision`, and what the model sets beside it: runs of another format measure no speed for this one."""
+    if pl_module.tf32:
+        return "tf32"
+    return f"{trainer.precision}, fp8" if pl_module.fp8 is not None else str(trainer.precision)
+
+
 class CostMeter(pl.Callback):
     """Count what training spends; log it, and keep it in the checkpoint so that a resumed run adds up right.
 
@@ -364,7 +371,7 @@ class CostMeter(pl.Callback):
             "device": self.device_name,
             "devices": trainer.world_size,
             "cores": self.units if self.row and self.row.per_core else None,
-            "precision": "tf32" if pl_module.tf32 else str(trainer.precision),
+            "precision": number_format(trainer, pl_module),
         }
 
     def _assumption(self) -> str:
