@@ -30,7 +30,7 @@ class Ledger:
         cached_data_seconds: how many of the data's seconds an earlier process spent, on behalf of any run.
         charged: whether the data's seconds are in.
         lost: steps, tokens and FLOPs that killed processes did in vain.
-        peak_bytes: the most memory of any process of the run.
+        peak_bytes: the most memory of the first process (rank 0), over all times that the run was resumed.
     """
 
     step: int = 0
