@@ -276,7 +276,7 @@ class CostMeter(pl.Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             synchronize(self.device)
             self._enter("validation")
-            pl_module.log_dict(self._costs(), batch_size=1)
+            pl_module.log_dict(self._costs(), batch_size=1, reduce_fx="max")  # a mean would ask for all ranks
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Close the validation phase."""
