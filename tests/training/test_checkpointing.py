@@ -1,7 +1,9 @@
 """Checkpoints are whole, know their checksum, and a damaged one costs no more than the steps since the one before."""
 
 import errno
+import io
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from frugal.cli.verbs import main
 from frugal.errors import UserError
 from frugal.tracking.run_folder import RunFolder, read_lines
-from frugal.training import checksums
+from frugal.training import checksums, sharded
 from frugal.training.checkpointing import good_checkpoint, keep_copies, read_checkpoint
 from frugal.training.checksums import damage, is_sealed, write_sealed
 
@@ -135,3 +138,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
         spoil(name)
     with pytest.raises(UserError, match="no other checkpoint of the run is left"):
         good_checkpoint(RunFolder(again))
+
+
+class ByName:
+    """Is pickled as Python before 3.11.4 pickles a member of an enumeration."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self.owner, self.name)
+
+
+def test_an_index_names_members_of_enumerations_by_getattr_and_reaches_nothing_else_so() -> None:
+    def load(owner: Any, name: str) -> Any:
+        return sharded._Unpickler(io.BytesIO(pickle.dumps(ByName(owner, name)))).load()
+
+    assert load(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT") is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    for owner, name in ((Path, "unlink"), (Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")):
+        with pytest.raises(sharded._NotATensor, match=r"builtins\.getattr"):
+            load(owner, name)

@@ -10,6 +10,7 @@ a pickle, is read by an unpickler that knows its few classes only.
 
 from __future__ import annotations
 
+import enum
 import logging
 import pickle
 import shutil
@@ -53,8 +54,17 @@ class _NotATensor(Exception):
     """What an index has no need of."""
 
 
+def _member(kind: Any, name: str) -> enum.Enum:
+    """A member of an enumeration: as which Python before 3.11.4 pickles one, by `getattr`."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
+        raise _NotATensor("builtins.getattr")
+    return kind[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name in _SAFE.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise _NotATensor(f"{module}.{name}")
