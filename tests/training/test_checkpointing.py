@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 
 
 class ByName:
-    """Is pickled as Python before 3.11.4 pickles a member of an enumeration."""
+    """Is pickled as Python 3.11.2 pickles a member of an enumeration."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name

@@ -55,7 +55,7 @@ class _NotATensor(Exception):
 
 
 def _member(kind: Any, name: str) -> enum.Enum:
-    """A member of an enumeration: as which Python before 3.11.4 pickles one, by `getattr`."""
+    """A member of an enumeration: which some Pythons pickle by `getattr` (3.11.2, that of Debian 12)."""
     if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
         raise _NotATensor("builtins.getattr")
     return kind[name]
