@@ -35,5 +35,6 @@ def test_of_runs_older_than_any_declaration_nothing_is_claimed(tmp_path: Path) -
 
 def test_another_study_of_the_same_name_is_refused(tmp_path: Path) -> None:
     declare(tmp_path, STUDY, FILES)
+    (tmp_path / "runs").mkdir()
     with pytest.raises(UserError, match=r"holds runs of q\.yaml; rename yours"):
         declare(tmp_path, STUDY, [Path("mine/q.yaml")])

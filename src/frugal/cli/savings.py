@@ -167,5 +167,6 @@ def refuse_faulty(samples: list[Path]) -> None:
         for file in samples:
             if line.startswith(f"{file}: "):
                 found.setdefault(line.removeprefix(f"{file}: "), []).append(file.stem)
-    for fault, arms in found.items():
+    if found:
+        fault, arms = next(iter(found.items()))
         raise UserError(f"arms: {', '.join(arms)}: {fault}")

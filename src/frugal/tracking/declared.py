@@ -22,14 +22,12 @@ def declare(folder: Path, study: Study, files: Sequence[Path]) -> None:
     """
     now = {"files": [_shown(file) for file in files], **{key: getattr(study, key) for key in KEYS}}
     kept = folder / FILE
-    if kept.is_file():
-        names = read_json(kept).get("files")
-        require(
-            names == now["files"],
-            f"study: {folder} holds runs of {'+'.join(names or ['?'])}; rename yours, or give another --out",
-        )
     if not (folder / "runs").is_dir():
         write_json(kept, now, indent=1)
+    elif kept.is_file():
+        names = read_json(kept).get("files") or ["?"]
+        told = f"study: {folder} holds runs of {'+'.join(names)}; rename yours, or give another --out"
+        require(names == now["files"], told)
 
 
 def said_of_declaration(folder: Path, study: Study, used: Sequence[int]) -> list[str]:

@@ -12,8 +12,6 @@ from frugal.tracking.statistics import Point, Ratio, Reach, ratio, reach, t_inte
 from frugal.tracking.study import AXES, Arm, Study
 
 Points = Mapping[str, Mapping[int, Sequence[tuple[float, Point]]]]  # by arm and seed: (share of the steps, point)
-
-
 Sweeps = Mapping[str, Mapping[float, float]]  # by arm and value: loss
 
 
@@ -167,7 +165,7 @@ def is_flat(study: Study, points: Points) -> bool:
         if 1.0 in losses and others:
             changes.append(losses[others[0][1]].loss - losses[1.0].loss)
     noise = seed_noise(points, study.base.name)
-    return bool(changes and noise) and abs(statistics.fmean(changes)) < (noise or 0.0)
+    return bool(changes) and noise is not None and abs(statistics.fmean(changes)) < noise
 
 
 def seed_noise(points: Points, arm: str) -> float | None:
